@@ -1,0 +1,74 @@
+"""Persistent, tiered prefix (KV) cache for ``model.generate()`` of HuggingFace transformers.
+
+The names below are loaded on first use, so that ``import ghostcacher`` costs milliseconds and no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ghostcacher.cache import Attachment, GhostCache, attach
+    from ghostcacher.errors import (
+        BlockError,
+        ConfigurationError,
+        GhostcacherError,
+        MissingExtraError,
+        StoreError,
+        StoreTimeoutError,
+        UnsupportedModelError,
+    )
+    from ghostcacher.events import CacheEvent, CacheReport, Observer
+    from ghostcacher.tiers.opening import default_store, open_store
+    from ghostcacher.tiers.stack import TierStack
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Attachment": "cache",
+    "BlockError": "errors",
+    "CacheEvent": "events",
+    "CacheReport": "events",
+    "ConfigurationError": "errors",
+    "GhostCache": "cache",
+    "GhostcacherError": "errors",
+    "MissingExtraError": "errors",
+    "Observer": "events",
+    "StoreError": "errors",
+    "StoreTimeoutError": "errors",
+    "TierStack": "tiers.stack",
+    "UnsupportedModelError": "errors",
+    "attach": "cache",
+    "default_store": "tiers.opening",
+    "open_store": "tiers.opening",
+}
+
+__all__ = [
+    "Attachment",
+    "BlockError",
+    "CacheEvent",
+    "CacheReport",
+    "ConfigurationError",
+    "GhostCache",
+    "GhostcacherError",
+    "MissingExtraError",
+    "Observer",
+    "StoreError",
+    "StoreTimeoutError",
+    "TierStack",
+    "UnsupportedModelError",
+    "attach",
+    "default_store",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ghostcacher' has no attribute {name!r}")
+    return getattr(import_module(f"ghostcacher.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,165 @@
+"""One forward call, as a hook sees it: what it asks for, when it may be served, how it is cut.
+
+The rules come from running real clients; a call that breaks one runs cold, under the reason given here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+CACHE_NAMES = ("cache", "past_key_values")
+_HARMLESS = frozenset({
+    "input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", "logits_to_keep", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "cache", "past_key_values",
+})  # fmt: skip
+_CUT_ON_LAST_AXIS = ("input_ids", "position_ids", "token_type_ids", "cache_position")
+_MASK_2D = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one forward, by name. ``cache_name`` is the name under which the caller gave the cache."""
+
+    arguments: Mapping[str, Any]
+    cache_name: str
+    cache: Cache
+    input_ids: torch.Tensor
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the call gives ``[rows, tokens]`` ids and nothing in their place."""
+        return self.input_ids.dim() == _MASK_2D and self.arguments.get("inputs_embeds") is None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns that the call adds."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def kept_logits(self) -> int:
+        """How many last positions the caller wants logits of; 0 means all."""
+        keep = self.arguments.get("logits_to_keep")
+        return keep if isinstance(keep, int) else 0
+
+    def without_first(self, columns: int) -> dict[str, Any]:
+        """The arguments with the first ``columns`` columns cut off. A 2D mask stays whole."""
+        kept = dict(self.arguments)
+        for name in _CUT_ON_LAST_AXIS:
+            if isinstance(kept.get(name), torch.Tensor):
+                kept[name] = kept[name][..., columns:]
+        return kept
+
+
+class CallReader:
+    """Reads the calls of one module's ``forward``, positional arguments included.
+
+    ``cache_name`` is the name under which that ``forward`` takes its cache (transformers 5.24 renamed it).
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.takes_positions = "position_ids" in self._names
+        self.cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE_NAMES[0])
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+        """The call, or None if it carries no cache of transformers with layers, or no input."""
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
+        for name in CACHE_NAMES:
+            cache = arguments.get(name)
+            if isinstance(cache, Cache) and hasattr(cache, "layers"):
+                ids = arguments.get("input_ids")
+                tokens = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")
+                return Call(arguments, name, cache, tokens) if isinstance(tokens, torch.Tensor) else None
+        return None
+
+
+def why_not(call: Call, module: Any) -> str | None:
+    """Why this call must run cold, or None."""
+    rules = (
+        (not call.is_tokens, "inputs_embeds"),
+        (torch.is_grad_enabled(), "gradients are on"),
+        (_wants_insides(call, module.config), "hidden states or attentions are wanted"),
+        (call.kept_logits < 1, "logits of the whole prompt are wanted"),
+        (call.arguments.get("use_cache") is False, "use_cache=False"),
+        (module.training and _changes_in_training(module), "training with dropout or gradient checkpointing"),
+        (_has_foreign_hooks(module), "hooks on the model's layers"),
+    )
+    broken = next((reason for is_broken, reason in rules if is_broken), None)
+    return broken or _unknown_argument(call)
+
+
+def _unknown_argument(call: Call) -> str | None:
+    given = (name for name, value in call.arguments.items() if value is not None and value is not False)
+    unknown = next((name for name in given if name not in _HARMLESS), None)
+    return f"argument {unknown!r}" if unknown else None
+
+
+def _wants_insides(call: Call, config: Any) -> bool:
+    asked = ((call.arguments.get(name), name) for name in ("output_hidden_states", "output_attentions"))
+    return any(getattr(config, name, False) if value is None else value for value, name in asked)
+
+
+def _has_foreign_hooks(module: Any) -> bool:
+    """Whether anyone hooks the layers: what such hooks do to the state (pruning it, say) cannot be known."""
+    parts = iter(module.modules())
+    next(parts)
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # noqa: SLF001 (torch has no public name)
+
+
+def padding(call: Call, past: int) -> tuple[int, ...] | None:
+    """Columns of left padding of each row of the whole sequence, or None if the mask is anything else."""
+    mask = call.arguments.get("attention_mask")
+    if mask is None:
+        return (0,) * call.rows
+    if not isinstance(mask, torch.Tensor) or mask.dim() != _MASK_2D or mask.shape[1] != past + call.width:
+        return None
+    real = mask != 0
+    pads = (~real).sum(dim=1)
+    is_left_only = torch.equal(real, torch.arange(mask.shape[1], device=mask.device)[None] >= pads[:, None])
+    return tuple(pads.tolist()) if is_left_only and bool((pads < mask.shape[1]).all()) else None
+
+
+def has_plain_positions(call: Call, pads: tuple[int, ...], past: int) -> bool:
+    """Whether ``position_ids``, if given, count 0, 1, 2, … from each row's first token."""
+    positions = call.arguments.get("position_ids")
+    if positions is None:
+        return True
+    if positions.dim() != _MASK_2D or positions.shape[1] != call.width:
+        return False
+    columns = torch.arange(past, past + call.width, device=positions.device)[None]
+    expected = columns - torch.tensor(pads, device=positions.device)[:, None]
+    return bool(((positions == expected) | (expected < 0)).all())
+
+
+def continues(call: Call, past: int) -> bool | None:
+    """Whether the call goes on after ``past`` columns, rather than beginning a prompt; None if it does not say.
+
+    A 2D mask covers everything seen, positions count from the prompt's beginning. May wait for the device.
+    """
+    mask = call.arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D:
+        return int(mask.shape[1]) == past + call.width
+    positions = call.arguments.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.numel():
+        return int(positions.reshape(-1, positions.shape[-1])[0, 0]) >= past
+    return None
+
+
+def _changes_in_training(module: Any) -> bool:
+    if getattr(module, "is_gradient_checkpointing", False):
+        return True
+    has_layers = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    config = module.config.to_dict()
+    return has_layers or any("drop" in name and isinstance(p, float) and p > 0 for name, p in config.items())

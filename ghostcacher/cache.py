@@ -1,0 +1,211 @@
+"""``GhostCache`` and ``attach``: the two doors."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from transformers import Cache, DynamicCache
+
+from ghostcacher.adapters.base import FingerprintMode, base_module
+from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.events import CacheReport
+from ghostcacher.hooks import ModelHooks, hooks_of
+from ghostcacher.session import Session, finish
+from ghostcacher.tiers.opening import default_store
+from ghostcacher.tiers.stack import TierStack
+
+REPORTS_KEPT = 10_000
+
+
+class GhostCache(DynamicCache):
+    """A transformers ``Cache`` whose content outlives it: what a store knows of the prompt is not computed again.
+
+    One sequence's (or batch's) cache, as every transformers cache is. Used twice it is right, whatever the second
+    prompt: between forwards ``get_seq_length()`` answers 0, so that ``generate`` hands over the whole prompt, and
+    what the cache still holds of it is kept. Making the first one for a model runs one token through it.
+    """
+
+    def __init__(self, model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled") -> None:
+        """Make a cache for ``model``, over ``store`` or the process-wide default store.
+
+        Args:
+            model: a decoder of transformers, or a compiled, DDP or peft wrapper around one.
+            store: from `open_store`.
+            fingerprint: ``"always"`` digests all weights at every prompt, instead of when a sample or a hook says
+                that they changed.
+
+        Raises:
+            UnsupportedModelError: ``model`` cannot take any DynamicCache (encoder-decoders, minimax, xlstm, …).
+                Models that can, but whose state is not reused yet, run cold: see ``report.reason``.
+        """
+        module = base_module(model)
+        super().__init__(config=module.config)
+        self.store = store if store is not None else default_store()
+        self.fingerprint: FingerprintMode = fingerprint
+        self.in_forward = 0
+        self.was_asked = False
+        self._module = weakref.ref(module)
+        self._report: CacheReport | None = None
+        self._session: Session | None = None
+        self._hooks = hooks_of(module)
+        self._hooks.prepare()
+
+    @property
+    def report(self) -> CacheReport:
+        """What the cache did for the latest prompt."""
+        return self._report or CacheReport(0, 0, "", 0.0, 0, "miss: no prompt yet")
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``generate`` must not compile over a cache that grows."""
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """See `Cache.is_linear`. Asked between forwards, it is a sign that a prompt begins."""
+        self._note_question()
+        answer: list[bool] = super().is_linear
+        return answer
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held while a forward of the model runs, 0 between forwards; see the class."""
+        if not self.in_forward:
+            self._note_question()
+            return 0
+        return int(super().get_seq_length(layer_idx))
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Select rows for beam search. What the rows hold is not known afterwards."""
+        super().reorder_cache(beam_idx)
+        self._forget_rows()
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows. What the rows hold is not known afterwards."""
+        super().batch_select_indices(indices)
+        self._forget_rows()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows. What the rows hold is not known afterwards."""
+        super().batch_repeat_interleave(repeats)
+        self._forget_rows()
+
+    def reset(self) -> None:
+        """Drop what this object holds; the store keeps its own."""
+        self.empty()
+
+    def empty(self) -> None:
+        """Drop all state, keeping the layers' kinds."""
+        module = self._module()
+        if module is not None:
+            self.layers[:] = DynamicCache(config=module.config).layers
+        self._session = None
+
+    def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
+        """See `Door.session_of`."""
+        shape = self._hooks.adapter.shape
+        if self._session is None and layers is not None and shape is not None:
+            self._session = _begun(cache, layers, Session(self.store, shape.layout, self._hooks.adapter.model_type))
+        return self._session
+
+    def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:  # noqa: ARG002 (the latest is all it keeps)
+        """See `Door.publish`."""
+        self._report = report
+        self.store.note(report)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GhostCache:
+        module = self._module()
+        twin = GhostCache(module, self.store, fingerprint=self.fingerprint)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        twin._report = self._report
+        session, layers = self._session, twin.layers
+        if session is not None and all(isinstance(layer, GrowingLayer) for layer in layers):
+            fresh = Session(self.store, session.layout, session.model_type, lossy_from=session.lossy_from)
+            fresh.know(session.read())
+            fresh.stored_columns = session.stored_columns
+            twin._session = _begun(twin, layers, fresh)
+        return twin
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "a GhostCache is not pickled; make one with GhostCache(model) where it is needed: the store has its content"
+        )
+
+    def _note_question(self) -> None:
+        if not self.in_forward:
+            self.was_asked = True
+
+    def _forget_rows(self) -> None:
+        if self._session is not None:
+            self._session.forget()
+
+
+class Attachment:
+    """What ``attach`` gives: while it is entered, every ``generate()`` of the model is cached."""
+
+    def __init__(self, hooks: ModelHooks, store: TierStack, fingerprint: FingerprintMode) -> None:
+        self.store = store
+        self.fingerprint: FingerprintMode = fingerprint
+        self._hooks = hooks
+        self._sessions: weakref.WeakKeyDictionary[Cache, Session] = weakref.WeakKeyDictionary()
+        self._reports: deque[CacheReport] = deque(maxlen=REPORTS_KEPT)
+        self._lock = threading.Lock()
+
+    @property
+    def reports(self) -> list[CacheReport]:
+        """One report per prompt, oldest first; the last 10,000."""
+        with self._lock:
+            return list(self._reports)
+
+    def __enter__(self) -> Self:
+        self._hooks.prepare()
+        self._hooks.doors.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.doors.remove(self)
+
+    def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
+        """See `Door.session_of`."""
+        found = self._sessions.get(cache)
+        shape = self._hooks.adapter.shape
+        if (
+            found is None
+            and layers is not None
+            and shape is not None
+            and not any(layer.get_seq_length() for layer in layers)
+        ):
+            found = _begun(cache, layers, Session(self.store, shape.layout, self._hooks.adapter.model_type))
+            self._sessions[cache] = found
+        return found
+
+    def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:
+        """See `Door.publish`."""
+        with self._lock:
+            if replaces is not None and replaces in self._reports:
+                self._reports.remove(replaces)
+            self._reports.append(report)
+        self.store.note(report)
+
+
+def attach(model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled") -> Attachment:
+    """Cache every ``generate()`` of ``model`` inside a ``with`` block, whoever calls it.
+
+    For pipelines, evaluation harnesses, agents, servers: code that makes its own cache. Attachments nest; the
+    innermost serves. Arguments and errors are those of `GhostCache`.
+    """
+    hooks = hooks_of(base_module(model))
+    return Attachment(hooks, store if store is not None else default_store(), fingerprint)
+
+
+def _begun(cache: Cache, layers: Sequence[GrowingLayer], session: Session) -> Session:
+    goodbye = weakref.finalize(cache, finish, session, layers)
+    goodbye.atexit = False
+    return session

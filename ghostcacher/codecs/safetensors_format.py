@@ -1,0 +1,114 @@
+"""KVBlock ↔ one safetensors blob, verified to the last bit before a tensor is made of it.
+
+The safetensors library is not used to read: it maps files (a shared file may change under the map), and it
+checks structure, not values. The header is rebuilt from what the reader expects and compared byte by byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, TensorCodec
+from ghostcacher.codecs.header import (
+    ITEM_BYTES,
+    BlockHeader,
+    Buffer,
+    TensorField,
+    blanked,
+    check_digest,
+    header_bytes,
+    sealed,
+)
+from ghostcacher.codecs.registry import codec_from, record_of
+from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.keys import BlockKey
+
+_TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CodecChain:
+    """A tensor codec, then the safetensors serializer."""
+
+    codec: TensorCodec
+
+    def encode(self, block: KVBlock, *, model: str = "") -> Sequence[Buffer]:
+        """The blob as buffers to be written one after another: header, then tensors. Does not change ``block``.
+
+        Raises:
+            BlockError: ``nonfinite`` (see the codec) or ``geometry`` (the block is not of its own layout).
+        """
+        if not block.has_expected_shape():
+            raise BlockError("geometry", "the block's tensors do not have the shapes of its layout")
+        tensors: dict[str, torch.Tensor] = {}
+        for group, tensor in zip(block.layout.groups, block.tensors, strict=True):
+            tensors.update(self.codec.encode(group, tensor))
+        header = BlockHeader(
+            block.key, block.layout.digest, record_of(self.codec), block.lossy or self.codec.lossy, model,
+            blob_fields(self.codec, block.layout, block.key.length),
+        )  # fmt: skip
+        parts = [_bytes_of(tensors[field.name]) for field in header.fields]
+        return [sealed(header.render(), parts), *parts]
+
+    def blob_bytes(self, layout: KVLayout, key: BlockKey, *, model: str = "") -> int:
+        """Exact size of the blob that `encode` would give."""
+        fields = blob_fields(self.codec, layout, key.length)
+        header = BlockHeader(key, layout.digest, record_of(self.codec), self.codec.lossy, model, fields)
+        return len(header.render()) + header.data_bytes
+
+
+def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False) -> KVBlock:
+    """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it. The block may share memory with ``blob``.
+
+    Any codec of this version is read, whatever the store writes now.
+
+    Raises:
+        BlockError: with the reason, for anything that is not bit for bit what was written for this key.
+    """
+    claimed = BlockHeader.parse(blob)
+    if claimed.key != key:
+        raise BlockError("key_echo", "these are the bytes of another block")
+    if exact_only and claimed.lossy:
+        raise BlockError("lossy", "a lossy block in an exact store")
+    try:
+        codec = codec_from(claimed.codec)
+    except ConfigurationError as error:
+        raise BlockError("codec", str(error)) from error
+    fields = blob_fields(codec, layout, key.length)
+    expected = claimed.expecting(key, layout.digest, fields)
+    end = header_bytes(blob)
+    if expected.render() != blanked(memoryview(blob)[:end]) or len(blob) != end + expected.data_bytes:
+        raise BlockError("geometry", "the header is not the one that this layout and codec give")
+    check_digest(blob)
+    return _assembled(blob, end, codec, key, layout, claimed, fields)
+
+
+def blob_fields(codec: TensorCodec, layout: KVLayout, tokens: int) -> tuple[TensorField, ...]:
+    """Every tensor of a blob in storing order: widest dtype first, so that each begins aligned."""
+    fields = [field for group in layout.groups for field in codec.fields(group, tokens)]
+    return tuple(sorted(fields, key=lambda field: (-ITEM_BYTES[field.dtype], field.name)))
+
+
+def _assembled(
+    blob: Buffer, offset: int, codec: TensorCodec, key: BlockKey, layout: KVLayout, header: BlockHeader,
+    fields: Sequence[TensorField],
+) -> KVBlock:  # fmt: skip
+    data = blob if not memoryview(blob).readonly else bytearray(blob)
+    parts: dict[str, torch.Tensor] = {}
+    for field in fields:
+        count = field.size_bytes // ITEM_BYTES[field.dtype]
+        flat = torch.frombuffer(data, dtype=_TORCH_DTYPES[field.dtype], count=count, offset=offset)
+        parts[field.name] = flat.view(field.shape)
+        offset += field.size_bytes
+    tensors = tuple(codec.decode(group, key.length, parts) for group in layout.groups)
+    return KVBlock(key, layout, tensors, lossy=header.lossy)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    view: memoryview = flat.numpy().data
+    return view

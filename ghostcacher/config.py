@@ -1,0 +1,118 @@
+"""Settings of a store, parsed once, here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ghostcacher.errors import ConfigurationError
+from ghostcacher.units import parse_bytes
+
+DEFAULT_BLOCK_TOKENS = 128
+BLOCK_TOKENS_RANGE = (16, 4096)
+AUTO_MEMORY_SHARE = 0.10
+AUTO_MEMORY_LIMIT_BYTES = 4 * 2**30
+REMOTE_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What `ghostcacher.open_store` was asked for, in bytes, paths and seconds."""
+
+    directory: Path
+    device_bytes: int | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    remote: str | None = None
+    codec: str = "raw"
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+    salt: str | None = None
+    strict: bool = False
+    remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        directory: str | os.PathLike[str] | None,
+        device: int | str | None,
+        memory: int | str | None,
+        disk: int | str | None,
+        remote: str | None,
+        codec: str,
+        block_tokens: int,
+        salt: str | None,
+        strict: bool,
+        environment: Mapping[str, str] = os.environ,
+    ) -> Self:
+        """Turn the arguments of ``open_store`` and the environment into numbers and paths.
+
+        Reads ``GHOSTCACHER_HOME``, ``HF_HOME``, ``XDG_CACHE_HOME`` and ``GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``.
+
+        Raises:
+            ConfigurationError: a size, block size or timeout is malformed or out of its range.
+        """
+        return cls(
+            directory=Path(directory).expanduser() if directory is not None else default_directory(environment),
+            device_bytes=None if device is None else parse_bytes(device),
+            memory_bytes=_memory_bytes(memory),
+            disk_bytes=None if disk is None else parse_bytes(disk),
+            remote=remote,
+            codec=codec,
+            block_tokens=_checked_block_tokens(block_tokens),
+            salt=salt,
+            strict=strict,
+            remote_timeout_seconds=_timeout_seconds(environment),
+        )
+
+
+def default_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """``$GHOSTCACHER_HOME``, or ``ghostcacher`` under ``$HF_HOME`` (``~/.cache/huggingface``)."""
+    if home := environment.get("GHOSTCACHER_HOME"):
+        return Path(home).expanduser()
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = environment.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(hub).expanduser() / "ghostcacher"
+
+
+def is_disabled(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``GHOSTCACHER_DISABLE`` asks for every prompt to run cold."""
+    return environment.get("GHOSTCACHER_DISABLE", "").lower() in {"1", "true", "yes", "on"}
+
+
+def physical_memory_bytes() -> int:
+    """RAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory_bytes(memory: int | str | None) -> int | None:
+    if memory is None:
+        return None
+    if memory == "auto":
+        return min(AUTO_MEMORY_LIMIT_BYTES, int(physical_memory_bytes() * AUTO_MEMORY_SHARE))
+    return parse_bytes(memory)
+
+
+def _checked_block_tokens(block_tokens: int) -> int:
+    least, most = BLOCK_TOKENS_RANGE
+    if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or not least <= block_tokens <= most:
+        raise ConfigurationError(
+            f"block_tokens={block_tokens!r}: a whole number from {least} to {most}; 128 is the default"
+        )
+    return block_tokens
+
+
+def _timeout_seconds(environment: Mapping[str, str]) -> float:
+    text = environment.get("GHOSTCACHER_REMOTE_TIMEOUT_SECONDS")
+    if text is None:
+        return REMOTE_TIMEOUT_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ConfigurationError(f"GHOSTCACHER_REMOTE_TIMEOUT_SECONDS={text!r}: a number of seconds above 0, such as 5")
+    return seconds

@@ -1,0 +1,109 @@
+"""Two hooks on a model's forward.
+
+They are PyTorch's own (``register_forward_pre_hook``), act only on a forward that carries a cache they know, hold
+the model weakly and change nothing of it. Inside a compiled graph they are absent.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghostcacher.adapters.base import ModelAdapter
+from ghostcacher.adapters.calls import Call
+from ghostcacher.path import Door, OwnDoor, Path, growing, settle
+
+_installed: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
+_installing = threading.Lock()
+
+
+def hooks_of(module: nn.Module) -> ModelHooks:
+    """The hooks of ``module``, installed on first use and gone with it."""
+    with _installing:
+        hooks = _installed.get(module)
+        if hooks is None:
+            hooks = _installed[module] = ModelHooks(module)
+            module.register_forward_pre_hook(_Hook(hooks.before), with_kwargs=True)
+            module.register_forward_hook(_Hook(hooks.after), with_kwargs=True, always_call=True)
+        return hooks
+
+
+class ModelHooks:
+    """What happens before and after each forward of one model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.adapter = ModelAdapter(module)
+        self.doors: list[Door] = []
+        self._module = weakref.ref(module)
+        self._probing = threading.Lock()
+
+    def prepare(self) -> None:
+        """Let the adapter run its probes, once; prompts that other threads send meanwhile run cold."""
+        module = self._module()
+        if module is not None:
+            with self._probing:
+                self.adapter.prepare(module)
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Serve, note or leave alone one call; the changed arguments, or None."""
+        call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
+        door = self._door(call) if call else None
+        if call is None or door is None:
+            return None
+        own: OwnDoor | None = call.cache if _is_own(call) else None
+        if own is not None:
+            own.in_forward += 1
+        path = Path(self.adapter, module, door, own, call)
+        columns = path.walk()
+        return ((), call.without_first(columns)) if columns else None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Learn what the forward left in the cache, and hand it to the store."""
+        call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
+        door = self._door(call) if call else None
+        if call is None or door is None:
+            return
+        if _is_own(call):
+            call.cache.in_forward -= 1
+            call.cache.was_asked = False
+        layers = growing(call.cache)
+        session = door.session_of(call.cache, layers)
+        if session is not None and layers is not None and session.expected is not None:
+            settle(session, layers, ended_well=output is not None)
+
+    def _door(self, call: Call) -> Door | None:
+        if _is_own(call):
+            own: OwnDoor = call.cache
+            return own
+        if self.doors and not self._probing.locked():
+            return self.doors[-1]
+        return None
+
+
+class _Hook:
+    """A hook that may be copied with its model: the copy does nothing."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or self._function is None:
+            return None
+        return self._function(*args)
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return (_Hook, ())
+
+
+def _is_own(call: Call) -> bool:
+    return hasattr(call.cache, "in_forward")

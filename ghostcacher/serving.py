@@ -1,0 +1,92 @@
+"""Filling an empty front of a cache from a store: match, fetch into private buffers, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ghostcacher.adapters.full import Landing, Row
+from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.probe import Shape
+from ghostcacher.index import Candidate
+from ghostcacher.keys import BlockKey
+from ghostcacher.tiers.stack import Fetched, TierStack
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a fill reached: ``columns`` from the front hold the rows' tokens; where the fetched ones came from."""
+
+    columns: int
+    tier: str = ""
+    size_bytes: int = 0
+    lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Equal rows, which are looked up and read once."""
+
+    row: Row
+    numbers: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+
+    def reach(self, candidates: Sequence[Candidate]) -> int:
+        """Columns covered by ``candidates``, a leading run of this plan's."""
+        return self.row.pads + (candidates[-1].key.start + candidates[-1].tokens if candidates else 0)
+
+    def missing(self, have: int, target: int) -> list[Candidate]:
+        """Candidates that hold any of the columns from ``have`` to ``target``."""
+        first, last = have - self.row.pads, target - self.row.pads
+        return [c for c in self.candidates if c.key.start < last and c.key.start + c.tokens > first]
+
+
+def fill(
+    store: TierStack, shape: Shape, layers: Sequence[GrowingLayer], rows: Sequence[Row], *,
+    have: int, limit: int, width: int,
+) -> Served:  # fmt: skip
+    """Make the layers hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
+
+    A batch reaches as far as its coldest row. The layers show ``have`` columns until everything is verified, and
+    change in one step; an exception leaves them as they were. ``width`` is how many columns will be needed.
+    """
+    plans = _plans(store, rows)
+    target = min([limit, *(plan.reach(plan.candidates) for plan in plans)])
+    if target <= have:
+        return Served(have)
+    landing = Landing(layers, shape.layout, shape.devices, len(rows), have, width)
+    wanted: dict[bytes, BlockKey] = {}
+    for plan in plans:
+        missing = plan.missing(have, target)
+        landing.expect(missing, plan.numbers, plan.row.pads)
+        wanted.update({c.key.digest: c.key for c in missing})
+    fetched = store.fetch(list(wanted.values()), shape.layout, landing.place)
+    reached = min(target, *(_reached(plan, fetched, have, target) for plan in plans))
+    if reached <= have:
+        return Served(have)
+    for number, row in enumerate(rows):
+        landing.pad(number, min(row.pads, reached))
+    landing.commit(reached)
+    store.touch(list(wanted.values()))
+    return _served(store, shape, fetched, have, reached)
+
+
+def _plans(store: TierStack, rows: Sequence[Row]) -> list[_Plan]:
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    for number, row in enumerate(rows):
+        alike.setdefault((row.pads, row.chain.tokens), []).append(number)
+    return [_Plan(rows[n[0]], tuple(n), store.match(rows[n[0]].chain)) for n in alike.values()]
+
+
+def _reached(plan: _Plan, fetched: Fetched, have: int, target: int) -> int:
+    missing = plan.missing(have, target)
+    run = fetched.leading(missing)
+    if len(run) == len(missing):
+        return target
+    return max(have, plan.reach(run)) if run else have
+
+
+def _served(store: TierStack, shape: Shape, fetched: Fetched, have: int, reached: int) -> Served:
+    names = set(fetched.sources.values())
+    tier = "+".join(tier.name for tier in store.tiers if tier.name in names)
+    return Served(reached, tier, (reached - have) * shape.layout.token_bytes(), bool(fetched.lossy))

@@ -1,0 +1,118 @@
+"""Tiers: blocks within a budget. A tier knows no other tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeVar
+
+from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.codecs.safetensors_format import CodecChain
+from ghostcacher.index import PrefixIndex
+from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.stores.base import Blob
+
+Place = Callable[[KVBlock], None]
+"""Takes one verified block, on any thread; blocks of one fetch never overlap."""
+
+_Item = TypeVar("_Item")
+
+
+class Spread(Protocol):
+    """Runs a function over items, on one thread or several; the first exception is raised after all ended."""
+
+    def __call__(self, function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
+        """Return when the function ran for every item."""
+        ...
+
+
+def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
+    """The plain `Spread`: this thread, in order."""
+    for item in items:
+        function(item)
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far)."""
+
+    name: str
+    blocks: int
+    size_bytes: int
+    budget_bytes: int | None
+    hits: int
+    stored: int
+    evicted: int
+    rejected: int
+    errors: int
+    codec: str
+    lossy: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For printing as JSON."""
+        return asdict(self)
+
+
+class Offer:
+    """One block on its way into the tiers; encoded once per codec, when a tier first asks."""
+
+    def __init__(self, block: KVBlock, model: str = "") -> None:
+        self.block = block
+        self._model = model
+        self._blobs: dict[CodecChain, Blob] = {}
+
+    def blob(self, chain: CodecChain) -> Blob:
+        """The block encoded by ``chain``; raises what `CodecChain.encode` raises."""
+        if chain not in self._blobs:
+            self._blobs[chain] = chain.encode(self.block, model=self._model)
+        return self._blobs[chain]
+
+
+class Tier(Protocol):
+    """What the stack asks of each of its tiers. Every method may be called from several threads."""
+
+    name: str
+    index: PrefixIndex
+    is_local: bool
+
+    def refresh(self, chain: PrefixChain) -> None:
+        """Bring the index up to date with what others may have stored of ``chain``. Never raises."""
+        ...
+
+    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+        """Hand the verified blocks of ``keys`` to ``place``; returns the digests of those handed over.
+
+        A block that is missing or does not verify is left out and forgotten. An exception of ``place`` is raised.
+
+        Raises:
+            StoreError: only in strict tiers.
+        """
+        ...
+
+    def wants(self, key: BlockKey, *, lossy: bool) -> bool:
+        """Whether an offer of ``key`` would change anything."""
+        ...
+
+    def offer(self, offer: Offer) -> bool:
+        """Take a block, evicting others within the budget; False if it was not stored.
+
+        Raises:
+            StoreError: only in strict tiers.
+        """
+        ...
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Mark blocks as used now, parents as later than their children."""
+        ...
+
+    def remove(self, keys: Iterable[BlockKey]) -> None:
+        """Give blocks up."""
+        ...
+
+    def entries(self) -> Iterator[BlockKey]:
+        """Keys held, as far as known."""
+        ...
+
+    def stats(self) -> TierStats:
+        """Counts and sizes."""
+        ...

@@ -1,0 +1,122 @@
+"""Decoded blocks in RAM or on the model's device: a hit costs one copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.events import CacheEvent, Observer
+from ghostcacher.eviction import EvictionPolicy
+from ghostcacher.index import PrefixIndex
+from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.tiers.base import Offer, Place, Spread, TierStats, one_by_one
+from ghostcacher.tiers.counts import Counts
+
+
+class DecodedTier:
+    """Blocks as tensors, never above ``budget_bytes``.
+
+    ``device`` is where blocks are kept: ``"cpu"``, or None for the device on which they were computed.
+    """
+
+    is_local = True
+
+    def __init__(
+        self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
+        device: str | None = "cpu", spread: Spread = one_by_one,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.budget_bytes = budget_bytes
+        self.index = PrefixIndex()
+        self._policy = policy
+        self._observe = observe
+        self._device = device
+        self._spread = spread
+        self._blocks: dict[bytes, KVBlock] = {}
+        self._lock = threading.Lock()
+        self._counts = Counts()
+
+    def refresh(self, chain: PrefixChain) -> None:
+        """Nothing to do: only this process stores here."""
+
+    def get(self, key: BlockKey) -> KVBlock | None:
+        """The block of ``key``, or None."""
+        return self._blocks.get(key.digest)
+
+    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+        """See `Tier.fetch`."""
+        found = [
+            block for key in keys
+            if (block := self._blocks.get(key.digest)) and block.key == key and block.layout == layout
+            and not (exact_only and block.lossy)
+        ]  # fmt: skip
+        with self.index.pinned([block.key.digest for block in found]):
+            self._spread(place, found)
+        self._counts.add("hits", len(found))
+        return frozenset(block.key.digest for block in found)
+
+    def wants(self, key: BlockKey, *, lossy: bool) -> bool:
+        """See `Tier.wants`: what is new, and exact blocks in place of lossy ones."""
+        return not self.index.covers(key, exact_only=not lossy)
+
+    def offer(self, offer: Offer) -> bool:
+        """See `Tier.offer`. The tensors are kept as they are if they already lie on the tier's device."""
+        block = self._moved(offer.block)
+        if block.size_bytes > self.budget_bytes:
+            self._observe(
+                CacheEvent("dropped", "block larger than the tier", self.name, block.key.length, block.size_bytes)
+            )
+            return False
+        with self._lock:
+            self._make_room(block.size_bytes)
+            if self.index.size_bytes + block.size_bytes > self.budget_bytes:
+                self._observe(
+                    CacheEvent("dropped", "tier full of blocks in use", self.name, block.key.length, block.size_bytes)
+                )
+                return False
+            self._blocks[block.key.digest] = block
+            outgrown = self.index.add(block.key, block.size_bytes, lossy=block.lossy)
+            self._forget(outgrown)
+        self._counts.add("stored")
+        return True
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """See `Tier.touch`."""
+        self.index.touch(key.digest for key in keys)
+
+    def remove(self, keys: Iterable[BlockKey]) -> None:
+        """See `Tier.remove`."""
+        with self._lock:
+            self._forget(keys)
+
+    def entries(self) -> Iterator[BlockKey]:
+        """See `Tier.entries`."""
+        return (entry.key for entry in self.index.entries())
+
+    def stats(self) -> TierStats:
+        """See `Tier.stats`."""
+        counts, lossy = self._counts, any(entry.lossy for entry in self.index.entries())
+        return TierStats(
+            self.name, len(self.index), self.index.size_bytes, self.budget_bytes,
+            counts["hits"], counts["stored"], counts["evicted"], 0, 0, "decoded", lossy,
+        )  # fmt: skip
+
+    def _moved(self, block: KVBlock) -> KVBlock:
+        if self._device is None or all(tensor.device == torch.device(self._device) for tensor in block.tensors):
+            return block
+        return KVBlock(block.key, block.layout, tuple(t.to(self._device) for t in block.tensors), block.lossy)
+
+    def _make_room(self, size_bytes: int) -> None:
+        needed_bytes = self.index.size_bytes + size_bytes - self.budget_bytes
+        for entry in list(self.index.victims(needed_bytes, self._policy)):
+            self._forget([entry.key])
+            self._counts.add("evicted")
+            self._observe(CacheEvent("evicted", "budget", self.name, entry.key.length, entry.size_bytes))
+
+    def _forget(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            self.index.remove(key.digest)
+            self._blocks.pop(key.digest, None)

@@ -1,0 +1,200 @@
+"""Encoded blocks over a store: a codec chain, a catalog, a budget and a policy."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from ghostcacher.blocks import KVLayout
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES
+from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.events import CacheEvent, Observer
+from ghostcacher.eviction import EvictionPolicy
+from ghostcacher.index import PrefixIndex
+from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.stores.base import Buffer, Store
+from ghostcacher.tiers.base import Offer, Place, Spread, TierStats, one_by_one
+from ghostcacher.tiers.catalog import Catalog
+from ghostcacher.tiers.counts import Counts
+
+SWEEP_SHARE = 0.05
+_KEEP = frozenset({"version", "lossy"})
+
+
+class EncodedTier:
+    """Blobs in ``store``. A store that fails is a miss, or raises if ``strict``."""
+
+    def __init__(
+        self, name: str, store: Store, chain: CodecChain, policy: EvictionPolicy, observe: Observer, *,
+        is_local: bool, timeout_seconds: float, budget_bytes: int | None = None, strict: bool = False,
+        sweep_lock: AbstractContextManager[object] | None = None, spread: Spread = one_by_one,
+        touch_store: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.is_local = is_local
+        self.budget_bytes = budget_bytes
+        self.chain = chain
+        self.index = PrefixIndex()
+        self.catalog: Catalog | None = None
+        self._store = store
+        self._policy = policy
+        self._observe = observe
+        self._timeout_seconds = timeout_seconds
+        self._strict = strict
+        self._sweep_lock = sweep_lock or contextlib.nullcontext()
+        self._spread = spread
+        self._touch_store = touch_store
+        self._counts = Counts()
+
+    def refresh(self, chain: PrefixChain) -> None:
+        """See `Tier.refresh`."""
+        with self._errors_counted("look up"):
+            if self.catalog:
+                self.catalog.refresh(chain, self.index)
+
+    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+        """See `Tier.fetch`. A local store is read block by block on several threads, a remote one in one batch."""
+        placed: set[bytes] = set()
+        limit_bytes = max((key.length for key in keys), default=0) * layout.token_bytes() + HEADER_LIMIT_BYTES
+
+        def read(batch: Sequence[BlockKey]) -> None:
+            for key, blob in self._read(batch, limit_bytes):
+                if self._place(key, blob, layout, place, exact_only=exact_only):
+                    placed.add(key.digest)
+
+        with self.index.pinned([key.digest for key in keys]):
+            self._spread(read, [[key] for key in keys] if self.is_local else [list(keys)])
+        self._counts.add("hits", len(placed))
+        return frozenset(placed)
+
+    def wants(self, key: BlockKey, *, lossy: bool) -> bool:
+        """See `Tier.wants`: what is new, and exact blocks in place of lossy ones."""
+        return not self.index.covers(key, exact_only=not lossy and not self.chain.codec.lossy)
+
+    def offer(self, offer: Offer) -> bool:
+        """See `Tier.offer`."""
+        key = offer.block.key
+        try:
+            blob = offer.blob(self.chain)
+        except BlockError as error:
+            self._observe(CacheEvent("dropped", error.reason, self.name, key.length))
+            return False
+        size_bytes = sum(len(part) for part in blob)
+        is_written = False
+        with self._errors_counted("write"), self._room_for(size_bytes) as has_room:
+            if has_room:
+                self._store.put_many({key.store_key: blob}, timeout_seconds=self._timeout_seconds)
+                is_written = True
+            else:
+                self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
+        if is_written:
+            self.remove(self.index.add(key, size_bytes, lossy=offer.block.lossy or self.chain.codec.lossy))
+            self._counts.add("stored")
+            self._observe(CacheEvent("stored", "", self.name, key.length, size_bytes))
+        return is_written
+
+    def remove(self, keys: Iterable[BlockKey]) -> None:
+        """See `Tier.remove`."""
+        gone = list(keys)
+        for key in gone:
+            self.index.remove(key.digest)
+        if gone:
+            with self._errors_counted("delete"):
+                self._store.delete_many([key.store_key for key in gone], timeout_seconds=self._timeout_seconds)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """See `Tier.touch`. In a directory the files' times are what other processes see of it."""
+        held = [key for key in keys if key.digest in self.index]
+        self.index.touch(key.digest for key in held)
+        if self._touch_store:
+            self._touch_store([key.store_key for key in held])
+
+    def reject(self, store_key: str, reason: str) -> None:
+        """Count an entry that does not verify, and delete it unless another version may need it."""
+        self._counts.add("rejected")
+        self._observe(CacheEvent("rejected", reason, self.name))
+        self.index.remove(bytes.fromhex(store_key[-64:]))
+        if reason not in _KEEP:
+            with self._errors_counted("delete"):
+                self._store.delete_many([store_key], timeout_seconds=self._timeout_seconds)
+
+    def entries(self) -> Iterator[BlockKey]:
+        """See `Tier.entries`."""
+        return (entry.key for entry in self.index.entries())
+
+    def stats(self) -> TierStats:
+        """See `Tier.stats`."""
+        c, codec = self._counts, self.chain.codec
+        return TierStats(
+            self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
+            c["evicted"], c["rejected"], c["errors"], codec.name, codec.lossy,
+        )  # fmt: skip
+
+    def _read(self, batch: Sequence[BlockKey], limit_bytes: int) -> Iterator[tuple[BlockKey, Buffer]]:
+        with self._errors_counted("read"):
+            values = self._store.get_many(
+                [key.store_key for key in batch], limit_bytes=limit_bytes, timeout_seconds=self._timeout_seconds
+            )
+            for key in batch:
+                value = values.get(key.store_key)
+                if isinstance(value, StoreError):
+                    raise value
+                if value is None:
+                    self.index.remove(key.digest)
+                else:
+                    yield key, value
+
+    def _place(self, key: BlockKey, blob: Buffer, layout: KVLayout, place: Place, *, exact_only: bool) -> bool:
+        try:
+            block = decode_blob(blob, key, layout, exact_only=exact_only)
+        except BlockError as error:
+            self.reject(key.store_key, error.reason)
+            return False
+        place(block)
+        return True
+
+    @contextlib.contextmanager
+    def _room_for(self, size_bytes: int) -> Iterator[bool]:
+        if self.budget_bytes is None:
+            yield True
+            return
+        if self.catalog:
+            self.catalog.refresh_all(self.index)
+        if self.index.size_bytes + size_bytes <= self.budget_bytes:
+            yield True
+            return
+        with self._sweep_lock:
+            self._sweep(size_bytes)
+            yield self.index.size_bytes + size_bytes <= self.budget_bytes
+
+    def _sweep(self, size_bytes: int) -> None:
+        budget_bytes = self.budget_bytes or 0
+        if self.catalog:
+            self.catalog.refresh_all(self.index)
+        if self.index.size_bytes + size_bytes <= budget_bytes:
+            return
+        slack_bytes = int(budget_bytes * SWEEP_SHARE)
+        needed_bytes = self.index.size_bytes + size_bytes + slack_bytes - budget_bytes
+        victims = list(self.index.victims(needed_bytes, self._policy))
+        self.remove([entry.key for entry in victims])
+        self._counts.add("evicted", len(victims))
+        self._observe(
+            CacheEvent(
+                "evicted", "budget", self.name, sum(e.key.length for e in victims), sum(e.size_bytes for e in victims)
+            )
+        )
+
+    @contextlib.contextmanager
+    def _errors_counted(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except StoreError as error:
+            self._counts.add("errors")
+            reason = f"cannot {what}: {error.strerror or error}"
+            self._observe(CacheEvent("error", reason, self.name, seconds=time.monotonic() - started))
+            if self._strict:
+                raise

@@ -1,0 +1,120 @@
+"""``open_store``: settings to tiers."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from filelock import FileLock
+
+from ghostcacher.codecs.registry import codec_named
+from ghostcacher.codecs.safetensors_format import CodecChain
+from ghostcacher.config import StoreConfig, physical_memory_bytes
+from ghostcacher.events import CacheEvent, LogObserver, Observer
+from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.filesystem import FilesystemStore
+from ghostcacher.tiers.base import Tier
+from ghostcacher.tiers.catalog import ListingCatalog, ProbingCatalog
+from ghostcacher.tiers.deadline import DeadlineStore
+from ghostcacher.tiers.decoded import DecodedTier
+from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.readers import Readers
+from ghostcacher.tiers.stack import TierStack
+from ghostcacher.tiers.writer import Writer
+
+DISK_TIMEOUT_SECONDS = 60.0
+QUEUE_SHARE_OF_MEMORY = 0.25
+
+_default: TierStack | None = None
+_default_lock = threading.Lock()
+
+
+def open_store(
+    directory: str | os.PathLike[str] | None = None,
+    device: int | str | None = None,
+    memory: int | str | None = "auto",
+    disk: int | str | None = "20GiB",
+    remote: str | None = None,
+    codec: str = "raw",
+    block_tokens: int = 128,
+    salt: str | None = None,
+    strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
+) -> TierStack:
+    """Open a store; close it with ``close()`` or as a context manager.
+
+    Args:
+        directory: of the disk tier; None means ``$GHOSTCACHER_HOME``, else ``$HF_HOME/ghostcacher``.
+        device: budget of decoded blocks on the model's device, such as ``"2GiB"``; None means no such tier.
+        memory: budget of decoded blocks in RAM; ``"auto"`` is a tenth of the machine's, at most 4 GiB; None, none.
+        disk: budget of the directory, shared by all processes that use it; None means no disk tier.
+        remote: any fsspec URL, such as ``"s3://bucket/prefix"``; None means no remote tier. A call to it never
+            takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS`` (5 s).
+        codec: of disk and remote: ``"raw"`` (exact) or ``"int8"`` (lossy, 8.5 bits a value).
+        block_tokens: tokens in a block, 16 to 4096.
+        salt: isolates tenants: other salts never see these blocks, in any tier.
+        strict: raise what goes wrong in a tier instead of counting it as a miss.
+
+    Raises:
+        ConfigurationError: an argument is malformed, or the directory cannot be trusted.
+        MissingExtraError: ``remote`` needs a package that is not installed.
+        StoreError: the directory cannot be created.
+    """
+    config = StoreConfig.parse(
+        directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
+        block_tokens=block_tokens, salt=salt, strict=strict,
+    )  # fmt: skip
+    observers: list[Observer] = [LogObserver()]
+
+    def observe(event: CacheEvent) -> None:
+        for observer in observers:
+            observer(event)
+
+    readers = Readers()
+    chain = CodecChain(codec_named(config.codec))
+    tiers: list[Tier] = [*_decoded_tiers(config, observe, readers)]
+    if config.disk_bytes is not None:
+        tiers.append(_disk_tier(config, chain, observe, readers))
+    if config.remote is not None:
+        tiers.append(_remote_tier(config, config.remote, chain, observe))
+    writer = Writer(int(physical_memory_bytes() * QUEUE_SHARE_OF_MEMORY), observe)
+    return TierStack(config, tiers, writer, readers, observers)
+
+
+def default_store() -> TierStack:
+    """The store of this process for every ``GhostCache(model)`` without one: RAM, then disk; opened on first use."""
+    global _default  # noqa: PLW0603 (one per process is what it is)
+    with _default_lock:
+        if _default is None:
+            _default = open_store()
+        return _default
+
+
+def _decoded_tiers(config: StoreConfig, observe: Observer, readers: Readers) -> list[DecodedTier]:
+    sizes = (("device", config.device_bytes, None), ("memory", config.memory_bytes, "cpu"))
+    return [
+        DecodedTier(name, size, LeastRecentlyUsed(), observe, device=device, spread=readers)
+        for name, size, device in sizes if size is not None
+    ]  # fmt: skip
+
+
+def _disk_tier(config: StoreConfig, chain: CodecChain, observe: Observer, readers: Readers) -> EncodedTier:
+    store = DirectoryStore(config.directory)
+    tier = EncodedTier(
+        "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
+        budget_bytes=config.disk_bytes, strict=config.strict, spread=readers, touch_store=store.touch_many,
+        sweep_lock=FileLock(store.root / ".sweep.lock", mode=0o600),
+    )  # fmt: skip
+    tier.catalog = ListingCatalog(store, tier.reject)
+    return tier
+
+
+def _remote_tier(config: StoreConfig, url: str, chain: CodecChain, observe: Observer) -> EncodedTier:
+    store = DeadlineStore(FilesystemStore(url))
+    timeout_seconds = config.remote_timeout_seconds
+    tier = EncodedTier(
+        "remote", store, chain, LeastRecentlyUsed(), observe, is_local=False, timeout_seconds=timeout_seconds,
+        strict=config.strict,
+    )  # fmt: skip
+    tier.catalog = ProbingCatalog(store, timeout_seconds)
+    return tier

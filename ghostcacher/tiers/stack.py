@@ -1,0 +1,256 @@
+"""The tiers of one store, nearest first, and the writer that fills them: what ``open_store`` returns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.config import StoreConfig
+from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
+from ghostcacher.index import Candidate, longest_prefix
+from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
+from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
+from ghostcacher.tiers.counts import Counts
+from ghostcacher.tiers.decoded import DecodedTier
+from ghostcacher.tiers.readers import Readers
+from ghostcacher.tiers.writer import Job, Writer
+
+PENDING_WAIT_SECONDS = 0.5
+_LIKENESS_TOKENS = 16
+
+
+class Capture(Protocol):
+    """State of a model's cache that may be stored: read later, on the writer's thread."""
+
+    @property
+    def begun(self) -> PrefixChain:
+        """The tokens known when it was captured."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it keeps alive."""
+        ...
+
+    def keys(self) -> Sequence[BlockKey]:
+        """Keys of the blocks to store, parents first."""
+        ...
+
+    def block(self, key: BlockKey) -> KVBlock:
+        """A copy of the state of one of `keys`, sharing no memory with the model's cache."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Outcome of one fetch: the blocks that were placed, by digest, with the tier each came from."""
+
+    sources: Mapping[bytes, str]
+    lossy: frozenset[bytes]
+
+    def leading(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """The run of ``candidates`` before the first that was not placed: what comes after a hole is no prefix."""
+        placed = self.sources
+        hole = next((n for n, c in enumerate(candidates) if c.key.digest not in placed), len(candidates))
+        return candidates[:hole]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts of one store since it was opened."""
+
+    tiers: tuple[TierStats, ...]
+    prompts: int
+    hits: int
+    prompt_tokens: int
+    cached_tokens: int
+    bypassed: dict[str, int]
+    queued: int
+    dropped: int
+    failed: int
+    healthy: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For printing as JSON."""
+        return asdict(self)
+
+
+class TierStack:
+    """Several tiers as one. ``match`` is a hint; ``fetch`` may give less; ``submit`` returns at once."""
+
+    def __init__(
+        self, config: StoreConfig, tiers: Sequence[Tier], writer: Writer, readers: Readers, observers: list[Observer]
+    ) -> None:
+        self.config = config
+        self.tiers = tuple(tiers)
+        self.observers = observers
+        self._writer = writer
+        self._readers = readers
+        self._exact_only = config.codec == "raw"
+        self._counts = Counts()
+        self._pending: list[Capture] = []
+        self._pending_changed = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"<ghostcacher store: {', '.join(tier.name for tier in self.tiers) or 'no tiers'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def match(self, chain: PrefixChain) -> tuple[Candidate, ...]:
+        """Blocks that cover the longest known prefix of ``chain``, down to the token. A hint: reads verify.
+
+        Waits at most 0.5 s for the writer if it is about to store state of the same beginning.
+        """
+        self._await_pending(chain)
+        for tier in self.tiers:
+            if tier.is_local:
+                tier.refresh(chain)
+        found = longest_prefix((tier.index for tier in self.tiers), chain, exact_only=self._exact_only)
+        if _covered(found) < chain.reusable_tokens and self._ask_remotes(chain):
+            found = longest_prefix((tier.index for tier in self.tiers), chain, exact_only=self._exact_only)
+        return tuple(found)
+
+    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place) -> Fetched:
+        """Hand the verified blocks of ``keys`` to ``place``, on any thread, in any order, each tier in one call.
+
+        May give fewer than asked for; see `Fetched.leading` for what is a prefix.
+
+        Raises:
+            StoreError: only in a strict store.
+        """
+        sources: dict[bytes, str] = {}
+        lossy: set[bytes] = set()
+
+        def noting(block: KVBlock) -> None:
+            place(block)
+            if block.lossy:
+                lossy.add(block.key.digest)
+
+        for tier in self.tiers:
+            held = [key for key in keys if key.digest not in sources and key.digest in tier.index]
+            if held:
+                placed = tier.fetch(held, layout, noting, exact_only=self._exact_only)
+                sources.update(dict.fromkeys(placed, tier.name))
+        return Fetched(sources, frozenset(lossy))
+
+    def submit(self, capture: Capture, *, model: str = "") -> bool:
+        """Store what ``capture`` holds, later, on the writer's thread. Returns at once, False if dropped."""
+        with self._pending_changed:
+            self._pending.append(capture)
+        job = Job(lambda: self._store(capture, model), capture.size_bytes, len(capture.begun))
+        if self._writer.submit(job):
+            return True
+        self._settle(capture)
+        return False
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Mark blocks as used, in every tier, on the writer's thread."""
+        held = list(keys)
+
+        def touch() -> None:
+            for tier in self.tiers:
+                tier.touch(held)
+
+        self._writer.submit(Job(touch, 0))
+
+    def offer(self, block: KVBlock, *, model: str = "") -> bool:
+        """Store one block now, in every tier that lacks it; whether any tier took it."""
+        offer = Offer(block, model)
+        taken = [tier.offer(offer) for tier in self.tiers if tier.wants(block.key, lossy=block.lossy)]
+        return any(taken)
+
+    def flush(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until everything submitted so far is stored; False if ``timeout_seconds`` ran out first."""
+        return self._writer.drain(timeout_seconds)
+
+    def close(self) -> None:
+        """Store what is queued and stop the threads. The store can still be read; nothing more is stored."""
+        self._writer.close()
+        self._readers.close()
+
+    def stats(self) -> StoreStats:
+        """Counts since the store was opened; sizes are of the namespaces looked at so far."""
+        c = self._counts
+        return StoreStats(
+            tuple(tier.stats() for tier in self.tiers), c["prompts"], c["hits"], c["prompt_tokens"],
+            c["cached_tokens"], c.beginning("bypass: "), self._writer.queued, self._writer.dropped,
+            self._writer.failed, self._writer.is_healthy,
+        )  # fmt: skip
+
+    def note(self, report: CacheReport) -> None:
+        """Count one prompt and tell the observers."""
+        outcome, _, why = report.reason.partition(": ")
+        self._counts.add("prompts")
+        self._counts.add("prompt_tokens", report.prompt_tokens)
+        self._counts.add("cached_tokens", report.cached_tokens)
+        self._counts.add("hits", int(outcome == "hit"))
+        if outcome == "bypass":
+            self._counts.add(report.reason)
+        kind: EventKind = "hit" if outcome == "hit" else "bypass" if outcome == "bypass" else "miss"
+        self.observe(CacheEvent(kind, why, report.tier, report.cached_tokens, report.bytes, report.seconds))
+
+    def observe(self, event: CacheEvent) -> None:
+        """Hand ``event`` to every observer."""
+        for observer in self.observers:
+            observer(event)
+
+    def _ask_remotes(self, chain: PrefixChain) -> bool:
+        remotes = [tier for tier in self.tiers if not tier.is_local]
+        for tier in remotes:
+            tier.refresh(chain)
+        return bool(remotes)
+
+    def _store(self, capture: Capture, model: str) -> None:
+        try:
+            keys = capture.keys()
+            near = [tier for tier in self.tiers if isinstance(tier, DecodedTier)]
+            self._store_in(near, capture, keys, model)
+        finally:
+            self._settle(capture)
+        self._store_in([tier for tier in self.tiers if tier not in near], capture, keys, model)
+
+    def _store_in(self, tiers: Iterable[Tier], capture: Capture, keys: Sequence[BlockKey], model: str) -> None:
+        held = list(tiers)
+        for key in keys:
+            wanting = [tier for tier in held if tier.wants(key, lossy=False)]
+            if wanting:
+                offer = Offer(self._decoded(key) or capture.block(key), model)
+                for tier in wanting:
+                    if tier.wants(key, lossy=offer.block.lossy):
+                        tier.offer(offer)
+
+    def _decoded(self, key: BlockKey) -> KVBlock | None:
+        found = (tier.get(key) for tier in self.tiers if isinstance(tier, DecodedTier))
+        return next((block for block in found if block is not None and not block.lossy), None)
+
+    def _settle(self, capture: Capture) -> None:
+        with self._pending_changed:
+            if capture in self._pending:
+                self._pending.remove(capture)
+            self._pending_changed.notify_all()
+
+    def _await_pending(self, chain: PrefixChain) -> None:
+        def is_settled() -> bool:
+            return not any(_alike(capture.begun, chain) for capture in self._pending)
+
+        with self._pending_changed:
+            self._pending_changed.wait_for(is_settled, PENDING_WAIT_SECONDS)
+
+
+def _alike(left: PrefixChain, right: PrefixChain) -> bool:
+    shared = common_tokens(left.tokens, right.tokens)
+    return left.namespace == right.namespace and shared >= min(_LIKENESS_TOKENS, len(left), len(right))
+
+
+def _covered(candidates: Sequence[Candidate]) -> int:
+    return candidates[-1].key.start + candidates[-1].tokens if candidates else 0
