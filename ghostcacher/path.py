@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from transformers import Cache
 
 from ghostcacher.adapters import table
-from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
+from ghostcacher.adapters.base import FingerprintMode, ModelAdapter, UnservedError
 from ghostcacher.adapters.calls import Call, continues, has_plain_positions, padding, why_not
 from ghostcacher.adapters.full import Row
 from ghostcacher.adapters.layers import GrowingLayer
@@ -114,6 +114,8 @@ class Path:
             for layer in layers:
                 layer.cut_to(have)
             served = self._fill(session, layers, rows, have=have, base=0)
+        except UnservedError as error:
+            return self._run_cold(session, str(error), past)
         except Exception as error:
             if session.store.config.strict:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from ghostcacher.adapters.full import is_full
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, rope_types, text_config
 from ghostcacher.adapters.layers import GrowingLayer
 from ghostcacher.adapters.probe import Shape, shape_of
+from ghostcacher.adapters.walk import walk
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
 from ghostcacher.keys import Namespace
@@ -35,6 +37,10 @@ class ModelAdapter:
         self.shape: Shape | None = None
         self._weights = WeightsFingerprint()
         self._is_prepared = False
+        self._known_weights = ""
+        self._known_config: dict[str, Any] = {}
+        self._known_fields: dict[str, Any] = {}
+        self._known_namespaces: dict[tuple[int, str | None], Namespace] = {}
         module.register_load_state_dict_post_hook(_Expiring(self._weights))
 
     def prepare(self, module: Any) -> None:
@@ -49,7 +55,7 @@ class ModelAdapter:
             self.shape = shape_of(module)
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape)
-            self._weights.current(module)
+            self._weights.current(module, walk(module).tensors)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
@@ -57,13 +63,25 @@ class ModelAdapter:
         """Identity of everything that changes KV state, as the model stands now.
 
         Raises:
+            UnservedError: hooks on the model's layers: what they do to its state (prune it, say) cannot be known.
             ValueError: the weights cannot be read, or the model was not prepared.
         """
         if self.shape is None:
             raise ValueError("the model's cache layout is not known")
-        weights = self._weights.current(module, always=mode == "always")
-        fields = identity_fields(module, weights, self.shape.layout.digest)
-        return Namespace.of({**fields, "block_tokens": config.block_tokens, "salt": config.salt})
+        found = walk(module)
+        if found.is_hooked:
+            raise UnservedError("hooks on the model's layers")
+        weights = self._weights.current(module, found.tensors, always=mode == "always")
+        config_now = vars(text_config(module))
+        if weights != self._known_weights or config_now != self._known_config:
+            self._known_weights, self._known_config = weights, copy.deepcopy(config_now)
+            self._known_fields = identity_fields(module, weights, self.shape.layout.digest)
+            self._known_namespaces = {}
+        tenant = (config.block_tokens, config.salt)
+        if tenant not in self._known_namespaces:
+            fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt}
+            self._known_namespaces[tenant] = Namespace.of(fields)
+        return self._known_namespaces[tenant]
 
     def growing_layers(self, cache: DynamicCache) -> Sequence[GrowingLayer] | None:
         """The cache's layers, made to grow in place if they are empty; None if they are of another kind."""
@@ -82,6 +100,10 @@ class ModelAdapter:
                 layers[number] = GrowingLayer()
         found: Sequence[GrowingLayer] = layers
         return found
+
+
+class UnservedError(Exception):
+    """A prompt must run cold; the message is the reason."""
 
 
 class _Expiring:

@@ -94,7 +94,6 @@ def why_not(call: Call, module: Any) -> str | None:
         (call.kept_logits < 1, "logits of the whole prompt are wanted"),
         (call.arguments.get("use_cache") is False, "use_cache=False"),
         (module.training and _changes_in_training(module), "training with dropout or gradient checkpointing"),
-        (_has_foreign_hooks(module), "hooks on the model's layers"),
     )
     broken = next((reason for is_broken, reason in rules if is_broken), None)
     return broken or _unknown_argument(call)
@@ -109,13 +108,6 @@ def _unknown_argument(call: Call) -> str | None:
 def _wants_insides(call: Call, config: Any) -> bool:
     asked = ((call.arguments.get(name), name) for name in ("output_hidden_states", "output_attentions"))
     return any(getattr(config, name, False) if value is None else value for value, name in asked)
-
-
-def _has_foreign_hooks(module: Any) -> bool:
-    """Whether anyone hooks the layers: what such hooks do to the state (pruning it, say) cannot be known."""
-    parts = iter(module.modules())
-    next(parts)
-    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # noqa: SLF001 (torch has no public name)
 
 
 def padding(call: Call, past: int) -> tuple[int, ...] | None:

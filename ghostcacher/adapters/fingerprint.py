@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 SAMPLED_VALUES = 16
 
+_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})
 _steps = itertools.count(1)
 _steps_taken = [0]
 
@@ -36,17 +37,16 @@ class WeightsFingerprint:
         self._digest = ""
         self.full_digests = 0
 
-    def current(self, module: Any, *, always: bool = False) -> str:
-        """The digest of ``module``'s weights now, in hexadecimal.
+    def current(self, module: Any, tensors: Sequence[torch.Tensor], *, always: bool = False) -> str:
+        """The digest of ``module``'s weights now, in hexadecimal; ``tensors`` are those that a `walk` of it found.
 
         Raises:
             ValueError: weights lie on the ``meta`` device and cannot be read.
         """
-        tensors = dict(_tensors_of(module))
-        seen = (tuple((name, *_identity(tensor)) for name, tensor in tensors.items()), _sample(tensors))
+        seen = (tuple(map(_identity, tensors)), _sample(tensors))
         if always or seen != self._seen or self._steps_seen != _steps_taken[0]:
             self._steps_seen = _steps_taken[0]
-            self._digest = full_digest(tensors)
+            self._digest = full_digest(dict(_named_tensors(module)))
             self.full_digests += 1
             self._seen = seen
         return self._digest
@@ -77,7 +77,7 @@ def _count_step(*_: object) -> None:
     _steps_taken[0] = next(_steps)
 
 
-def _tensors_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         yield from _parts(name, tensor)
 
@@ -86,7 +86,7 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
     plain = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if plain.device.type == "meta":
         raise ValueError(f"weight {name} lies on the meta device")
-    if hasattr(plain, "__tensor_flatten__") and type(plain) not in {torch.Tensor, nn.Parameter}:
+    if hasattr(plain, "__tensor_flatten__") and type(plain) not in _PLAIN_TYPES:
         for inner in plain.__tensor_flatten__()[0]:
             yield from _parts(f"{name}.{inner}", getattr(plain, inner))
         return
@@ -101,18 +101,20 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         yield f"{name}.SCB", scale
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+def _identity(tensor: torch.Tensor) -> tuple[int, int, int]:
     version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (torch has no public name for it)
-    return tensor.data_ptr(), version
+    address = tensor.data_ptr() if type(tensor) in _PLAIN_TYPES else 0
+    return id(tensor), address, version
 
 
-def _sample(tensors: dict[str, torch.Tensor]) -> tuple[bytes, ...]:
+@torch.no_grad()
+def _sample(tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
     by_kind: defaultdict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors.values():
+    for tensor in tensors:
         count = tensor.numel()
-        if count and tensor.is_contiguous():
+        if count and not tensor.is_meta and type(tensor) in _PLAIN_TYPES and tensor.is_contiguous():
             step = max(1, count // SAMPLED_VALUES)
-            taken = torch.as_strided(tensor.detach(), (min(count, SAMPLED_VALUES),), (step,), tensor.storage_offset())
+            taken = tensor.as_strided((min(count, SAMPLED_VALUES),), (step,))
             by_kind[tensor.dtype, tensor.device].append(taken)
     return tuple(_bytes_of(torch.cat(parts)).tobytes() for parts in by_kind.values())
 

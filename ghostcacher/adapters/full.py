@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from ghostcacher.adapters.layers import GrowingLayer
-from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, TensorSpec
+from ghostcacher.adapters.layers import GrowingLayer, room_for
+from ghostcacher.adapters.memory import empty
+from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, TensorGroup, TensorSpec
 from ghostcacher.index import Candidate
 from ghostcacher.keys import BlockKey, PrefixChain
 
@@ -59,7 +60,11 @@ class _Target:
 
 
 class Landing:
-    """Private buffers that take restored columns and become the layers' state only when `commit` is called."""
+    """Private buffers that take restored columns and become the layers' state only when `commit` is called.
+
+    Into an empty cache, all layers of one shape and device share one buffer ``[layers, rows, heads, columns, dim]``,
+    so that a block is placed by one copy per group. A cache that holds columns already goes on in its own buffers.
+    """
 
     def __init__(
         self,
@@ -75,10 +80,12 @@ class Landing:
         self._layout = layout
         self._have = have
         self._targets: dict[bytes, list[_Target]] = {}
-        self._buffers = []
-        for layer, device, spec in zip(layers, devices, layout.layers, strict=True):
-            keys, values = (_like(tensor, rows, device) for tensor in spec.tensors)
-            self._buffers.append(layer.writable(keys, values, have, columns))
+        self._slabs: list[_Slab] = []
+        for number, group in enumerate(layout.groups):
+            for device in dict.fromkeys(devices[layer] for layer in group.layers):
+                members = [place for place, layer in enumerate(group.layers) if devices[layer] == device]
+                self._slabs.append(_Slab(number, group, members, device))
+        self._buffers = self._own_buffers(rows, columns) if have else self._shared_buffers(rows, columns)
 
     def expect(self, candidates: Sequence[Candidate], rows: tuple[int, ...], pads: int) -> None:
         """Blocks that `place` will be given for ``rows``, which begin after ``pads`` columns of padding."""
@@ -88,37 +95,72 @@ class Landing:
     def pad(self, row: int, columns: int) -> None:
         """Fill a row's padding with zeros: attention gives it no weight, but it must be finite."""
         if columns > self._have:
-            for keys, values in self._buffers:
-                keys[row, :, self._have : columns] = 0
-                values[row, :, self._have : columns] = 0
+            for buffers in self._buffers.values():
+                for buffer in buffers.values():
+                    buffer[row, :, self._have : columns] = 0
 
     def place(self, block: KVBlock) -> None:
         """Copy a verified block to where it is expected. Distinct blocks may be placed on several threads."""
         for target in self._targets[block.key.digest]:
             skip = max(0, self._have - target.pads - block.key.start)
             if skip < target.tokens:
-                self._copy(block, target, skip)
+                for slab in self._slabs:
+                    self._copy(slab, block, target, skip)
 
     def commit(self, columns: int) -> None:
         """Let the layers show the first ``columns`` columns. Nothing before this call changes what they show."""
-        for layer, (keys, values) in zip(self._layers, self._buffers, strict=True):
-            layer.adopt(keys, values, columns)
+        for number, layer in enumerate(self._layers):
+            buffers = self._buffers[number]
+            layer.adopt(buffers["keys"], buffers["values"], columns)
 
-    def _copy(self, block: KVBlock, target: _Target, skip: int) -> None:
+    def _copy(self, slab: _Slab, block: KVBlock, target: _Target, skip: int) -> None:
         begin = target.pads + block.key.start + skip
         end = target.pads + block.key.start + target.tokens
-        first, last = target.rows[0], target.rows[-1] + 1
-        is_run = last - first == len(target.rows)
-        for group, stacked in zip(self._layout.groups, block.tensors, strict=True):
-            which = 0 if group.spec.name == "keys" else 1
-            for layer, tensor in zip(group.layers, stacked.unbind(0), strict=True):
-                state = tensor[:, skip : target.tokens]
-                buffer = self._buffers[layer][which]
-                if is_run:
-                    buffer[first:last, :, begin:end] = state
-                else:
-                    for row in target.rows:
-                        buffer[row, :, begin:end] = state
+        state = block.tensors[slab.number][:, :, skip : target.tokens]
+        if slab.buffer is not None:
+            members = state if len(slab.members) == len(slab.group.layers) else state[slab.members]
+            for first, last in _runs(target.rows):
+                slab.buffer[:, first:last, :, begin:end] = members[:, None]
+            return
+        for place in slab.members:
+            buffer = self._buffers[slab.group.layers[place]][slab.group.spec.name]
+            for first, last in _runs(target.rows):
+                buffer[first:last, :, begin:end] = state[place]
+
+    def _shared_buffers(self, rows: int, columns: int) -> dict[int, dict[str, torch.Tensor]]:
+        found: dict[int, dict[str, torch.Tensor]] = {number: {} for number in range(len(self._layers))}
+        for slab in self._slabs:
+            heads, _, dim = slab.group.spec.shape
+            shape = (len(slab.members), rows, heads, room_for(columns), dim)
+            slab.buffer = empty(shape, slab.group.spec.torch_dtype, slab.device)
+            for place, buffer in zip(slab.members, slab.buffer.unbind(0), strict=True):
+                found[slab.group.layers[place]][slab.group.spec.name] = buffer
+        return found
+
+    def _own_buffers(self, rows: int, columns: int) -> dict[int, dict[str, torch.Tensor]]:
+        found = {}
+        for number, (layer, spec) in enumerate(zip(self._layers, self._layout.layers, strict=True)):
+            likes = {tensor.name: layer.keys if tensor.name == "keys" else layer.values for tensor in spec.tensors}
+            keys, values = layer.writable(likes["keys"], likes["values"], self._have, columns)
+            found[number] = {"keys": keys, "values": values}
+        return found
+
+
+@dataclass(slots=True)
+class _Slab:
+    """The layers of one group on one device; ``members`` are places within the group."""
+
+    number: int
+    group: TensorGroup
+    members: list[int]
+    device: torch.device
+    buffer: torch.Tensor | None = None
+
+
+def _runs(rows: tuple[int, ...]) -> list[tuple[int, int]]:
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return [(rows[0], rows[-1] + 1)]
+    return [(row, row + 1) for row in rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,8 +221,3 @@ def _without_repeats(ids: list[int]) -> list[int]:
     while end > 1 and ids[end - 1] == ids[end - 2]:
         end -= 1
     return ids[:end]
-
-
-def _like(spec: TensorSpec, rows: int, device: torch.device) -> torch.Tensor:
-    heads, _, dim = spec.shape
-    return torch.empty((rows, heads, 0, dim), dtype=spec.torch_dtype, device=device)

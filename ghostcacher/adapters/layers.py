@@ -107,7 +107,11 @@ class GrowingLayer(DynamicLayer):
         return is_front and is_same_kind and is_same_shape and is_writable and has_room
 
 
+def room_for(tokens: int) -> int:
+    """Columns to allocate for ``tokens``: an eighth more, at least 256, to grow into."""
+    return tokens + max(HEADROOM_TOKENS, tokens // HEADROOM_SHARE)
+
+
 def _with_room(like: torch.Tensor, tokens: int) -> torch.Tensor:
     rows, heads, _, dim = like.shape
-    room = tokens + max(HEADROOM_TOKENS, tokens // HEADROOM_SHARE)
-    return torch.empty((rows, heads, room, dim), dtype=like.dtype, device=like.device)
+    return torch.empty((rows, heads, room_for(tokens), dim), dtype=like.dtype, device=like.device)

@@ -12,7 +12,7 @@ from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.tiers.base import Offer, Place, Spread, TierStats, one_by_one
+from ghostcacher.tiers.base import Offer, Place, TierStats
 from ghostcacher.tiers.counts import Counts
 
 
@@ -26,7 +26,7 @@ class DecodedTier:
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
-        device: str | None = "cpu", spread: Spread = one_by_one,
+        device: str | None = "cpu",
     ) -> None:  # fmt: skip
         self.name = name
         self.budget_bytes = budget_bytes
@@ -34,7 +34,6 @@ class DecodedTier:
         self._policy = policy
         self._observe = observe
         self._device = device
-        self._spread = spread
         self._blocks: dict[bytes, KVBlock] = {}
         self._lock = threading.Lock()
         self._counts = Counts()
@@ -54,7 +53,8 @@ class DecodedTier:
             and not (exact_only and block.lossy)
         ]  # fmt: skip
         with self.index.pinned([block.key.digest for block in found]):
-            self._spread(place, found)
+            for block in found:
+                place(block)
         self._counts.add("hits", len(found))
         return frozenset(block.key.digest for block in found)
 

@@ -72,7 +72,7 @@ def open_store(
 
     readers = Readers()
     chain = CodecChain(codec_named(config.codec))
-    tiers: list[Tier] = [*_decoded_tiers(config, observe, readers)]
+    tiers: list[Tier] = [*_decoded_tiers(config, observe)]
     if config.disk_bytes is not None:
         tiers.append(_disk_tier(config, chain, observe, readers))
     if config.remote is not None:
@@ -90,10 +90,10 @@ def default_store() -> TierStack:
         return _default
 
 
-def _decoded_tiers(config: StoreConfig, observe: Observer, readers: Readers) -> list[DecodedTier]:
+def _decoded_tiers(config: StoreConfig, observe: Observer) -> list[DecodedTier]:
     sizes = (("device", config.device_bytes, None), ("memory", config.memory_bytes, "cpu"))
     return [
-        DecodedTier(name, size, LeastRecentlyUsed(), observe, device=device, spread=readers)
+        DecodedTier(name, size, LeastRecentlyUsed(), observe, device=device)
         for name, size, device in sizes if size is not None
     ]  # fmt: skip
 

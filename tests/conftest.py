@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+
+import pytest
+import torch
+
+import ghostcacher
+from ghostcacher.testing.models import tiny_model
+
+torch.set_num_threads(1)
+BLOCK_TOKENS = 16
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path, monkeypatch):
+    """No test reads or writes the user's own store."""
+    monkeypatch.setenv("GHOSTCACHER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("GHOSTCACHER_DISABLE", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with ghostcacher.open_store(tmp_path / "store", memory=None, block_tokens=BLOCK_TOKENS) as opened:
+        yield opened
+
+
+@pytest.fixture
+def memory_store():
+    with ghostcacher.open_store(memory="64MiB", disk=None, block_tokens=BLOCK_TOKENS) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def models():
+    built = {}
+
+    def get(model_type, **overrides):
+        identity = (model_type, tuple(sorted(overrides.items())))
+        if identity not in built:
+            built[identity] = tiny_model(model_type, **overrides)
+        return built[identity]
+
+    return get
+
+
+@pytest.fixture
+def llama(models):
+    return models("llama")
+
+
+@pytest.fixture(scope="session")
+def generate():
+    """`model.generate` with the cache under the name that this transformers takes."""
+
+    def run(model, ids, cache=None, *, new=8, **options):
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        given = {} if cache is None else {name: cache}
+        options.setdefault("do_sample", False)
+        options.setdefault("attention_mask", torch.ones_like(ids))
+        return model.generate(ids, max_new_tokens=new, **given, **options)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_stray_threads():
+    yield
+    names = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    assert not [name for name in names if name.startswith("ghostcacher-w")], names
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
