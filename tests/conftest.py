@@ -68,7 +68,9 @@ def generate():
 @pytest.fixture(autouse=True)
 def _no_stray_threads():
     yield
-    names = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    names = [
+        thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()
+    ]
     assert not [name for name in names if name.startswith("ghostcacher-w")], names
 
 

@@ -85,7 +85,7 @@ class Landing:
             for device in dict.fromkeys(devices[layer] for layer in group.layers):
                 members = [place for place, layer in enumerate(group.layers) if devices[layer] == device]
                 self._slabs.append(_Slab(number, group, members, device))
-        self._buffers = self._own_buffers(rows, columns) if have else self._shared_buffers(rows, columns)
+        self._buffers = self._own_buffers(columns) if have else self._shared_buffers(rows, columns)
 
     def expect(self, candidates: Sequence[Candidate], rows: tuple[int, ...], pads: int) -> None:
         """Blocks that `place` will be given for ``rows``, which begin after ``pads`` columns of padding."""
@@ -137,7 +137,7 @@ class Landing:
                 found[slab.group.layers[place]][slab.group.spec.name] = buffer
         return found
 
-    def _own_buffers(self, rows: int, columns: int) -> dict[int, dict[str, torch.Tensor]]:
+    def _own_buffers(self, columns: int) -> dict[int, dict[str, torch.Tensor]]:
         found = {}
         for number, (layer, spec) in enumerate(zip(self._layers, self._layout.layers, strict=True)):
             likes = {tensor.name: layer.keys if tensor.name == "keys" else layer.values for tensor in spec.tensors}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -16,7 +17,6 @@ import torch
 HUGE_PAGE_BYTES = 2 * 2**20
 SPARES_KEPT = 2
 SPARE_LIMIT_BYTES = 256 * 2**20
-_REFERENCES_WHEN_FREE = 3  # the list, the loop's variable, and getrefcount's argument
 
 _handed_out: list[mmap.mmap] = []
 _lock = threading.Lock()
@@ -43,12 +43,18 @@ def _fresh(size_bytes: int) -> mmap.mmap:
 def _spare(size_bytes: int) -> mmap.mmap | None:
     """A freed buffer that fits without wasting half of it; forgets freed ones beyond the two latest."""
     with _lock:
-        free = []
-        for pages in _handed_out:
-            if sys.getrefcount(pages) == _REFERENCES_WHEN_FREE:
-                free.append(pages)
+        free = [pages for pages, count in zip(_handed_out, _references(_handed_out), strict=True) if count <= _unused()]
         fitting = next((pages for pages in reversed(free) if size_bytes <= len(pages) <= 2 * size_bytes), None)
         kept = {id(pages) for pages in free[-SPARES_KEPT:]} | {id(fitting)}
         dropped = {id(pages) for pages in free} - kept
         _handed_out[:] = [pages for pages in _handed_out if id(pages) not in dropped]
         return fitting
+
+
+def _references(objects: Sequence[object]) -> list[int]:
+    return [sys.getrefcount(each) for each in objects]
+
+
+def _unused() -> int:
+    """What `_references` counts for an object that only its list holds: it differs between Python versions."""
+    return _references([object()])[0]

@@ -84,7 +84,7 @@ class EncodedTier:
             return False
         size_bytes = sum(len(part) for part in blob)
         is_written = False
-        with self._errors_counted("write"), self._room_for(size_bytes) as has_room:
+        with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
             if has_room:
                 self._store.put_many({key.store_key: blob}, timeout_seconds=self._timeout_seconds)
                 is_written = True
@@ -157,7 +157,7 @@ class EncodedTier:
         return True
 
     @contextlib.contextmanager
-    def _room_for(self, size_bytes: int) -> Iterator[bool]:
+    def _room_for(self, key: BlockKey, size_bytes: int) -> Iterator[bool]:
         if self.budget_bytes is None:
             yield True
             return
@@ -166,7 +166,7 @@ class EncodedTier:
         if self.index.size_bytes + size_bytes <= self.budget_bytes:
             yield True
             return
-        with self._sweep_lock:
+        with self._sweep_lock, self.index.pinned([key.parent]):
             self._sweep(size_bytes)
             yield self.index.size_bytes + size_bytes <= self.budget_bytes
 

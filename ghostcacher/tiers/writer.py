@@ -66,16 +66,16 @@ class Writer:
         """Queue ``job``; returns at once, False if it was dropped."""
         with self._changed:
             is_full = len(self._jobs) >= QUEUE_LIMIT_JOBS or self._queued_bytes + job.size_bytes > self.limit_bytes
-            if self._closed or (is_full and self._jobs):
-                self.dropped += 1
-                reason = "shutdown" if self._closed else "backpressure"
-            else:
+            if not self._closed and not (is_full and self._jobs):
                 self._jobs.append(job)
                 self._queued_bytes += job.size_bytes
                 self._ensure_thread()
                 self._changed.notify_all()
                 return True
-        self._observe(CacheEvent("dropped", reason, "writer", job.tokens, job.size_bytes))
+            self.dropped += 1
+            is_closed = self._closed
+        if not is_closed:
+            self._observe(CacheEvent("dropped", "backpressure", "writer", job.tokens, job.size_bytes))
         return False
 
     def drain(self, timeout_seconds: float | None = None) -> bool:

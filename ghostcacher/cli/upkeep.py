@@ -1,0 +1,157 @@
+"""Looking after a directory of blocks without a model: what is there, is it sound, what may go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest
+from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.stores.base import StoredEntry
+from ghostcacher.stores.directory import DirectoryStore
+
+_TIMEOUT_SECONDS = 60.0
+_HEAD_BYTES = 8192
+_WHOLE_BYTES = 2**40
+_NOBODY = "?"
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceSummary:
+    """What one namespace holds; times in seconds since the epoch. ``model`` and ``codec`` are those of one block."""
+
+    namespace: str
+    model: str
+    codec: str
+    blocks: int
+    size_bytes: int
+    used_at_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """A stored entry that does not verify, and why (a `BlockError.reason`, or ``unreadable``)."""
+
+    key: str
+    reason: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalPlan:
+    """Entries to remove, children before parents. Nothing happens before `execute`."""
+
+    entries: tuple[StoredEntry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that would be freed."""
+        return sum(entry.size_bytes for entry in self.entries)
+
+    def execute(self, store: DirectoryStore) -> None:
+        """Remove the entries.
+
+        Raises:
+            StoreError: one of them still stands.
+        """
+        store.delete_many([entry.key for entry in self.entries], timeout_seconds=_TIMEOUT_SECONDS)
+
+
+def summaries(store: DirectoryStore) -> list[NamespaceSummary]:
+    """Every namespace, the largest first. Reads one header per namespace."""
+    found = []
+    for namespace in store.namespaces():
+        entries = list(store.list_keys(f"{namespace}/", timeout_seconds=_TIMEOUT_SECONDS))
+        if entries:
+            header = next(
+                (h for entry in entries[:4] if isinstance(h := read_header(store, entry.key), BlockHeader)), None
+            )
+            found.append(
+                NamespaceSummary(
+                    namespace, header.model if header else _NOBODY, header.codec["name"] if header else _NOBODY,
+                    len(entries), sum(entry.size_bytes for entry in entries),
+                    max(entry.modified_seconds for entry in entries),
+                )
+            )  # fmt: skip
+    return sorted(found, key=lambda summary: -summary.size_bytes)
+
+
+def unsound(store: DirectoryStore, entries: Sequence[StoredEntry], progress: Progress) -> Iterator[Unsound]:
+    """Read every entry in full; those whose name, header, key or digest does not hold. ``progress`` gets bytes."""
+    for entry in entries:
+        reason = _why_unsound(store, entry)
+        progress(entry.size_bytes)
+        if reason is not None:
+            yield Unsound(entry.key, reason, entry.size_bytes)
+
+
+def plan_older_than(store: DirectoryStore, seconds: float, progress: Progress, now: float | None = None) -> RemovalPlan:
+    """Everything unused for ``seconds``, except what newer blocks chain from."""
+    limit = (time.time() if now is None else now) - seconds
+    return RemovalPlan(tuple(entry for entry in _children_first(store, progress) if entry.modified_seconds < limit))
+
+
+def plan_down_to(store: DirectoryStore, size_bytes: int, progress: Progress) -> RemovalPlan:
+    """The least recently used leaves, until at most ``size_bytes`` are left."""
+    order = list(_children_first(store, progress))
+    excess_bytes = sum(entry.size_bytes for entry in order) - size_bytes
+    chosen = []
+    for entry in order:
+        if excess_bytes <= 0:
+            break
+        chosen.append(entry)
+        excess_bytes -= entry.size_bytes
+    return RemovalPlan(tuple(chosen))
+
+
+def plan_namespace(store: DirectoryStore, prefix: str) -> RemovalPlan:
+    """Everything in the namespaces that begin with ``prefix``."""
+    return RemovalPlan(tuple(store.list_keys(prefix, timeout_seconds=_TIMEOUT_SECONDS)))
+
+
+def read_header(store: DirectoryStore, key: str) -> BlockHeader | BlockError | StoreError | None:
+    """The header of one entry, or what is wrong with it, or None if it is gone."""
+    for limit_bytes in (_HEAD_BYTES, HEADER_LIMIT_BYTES + _HEAD_BYTES):
+        value = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=_TIMEOUT_SECONDS).get(key)
+        if value is None or isinstance(value, StoreError):
+            return value
+        try:
+            return BlockHeader.parse(value)
+        except BlockError as error:
+            found = error
+        if len(value) < limit_bytes:
+            break
+    return found
+
+
+def _children_first(store: DirectoryStore, progress: Progress) -> list[StoredEntry]:
+    """All entries by last use, a parent never before its children: it counts as used when its children were."""
+    entries = {entry.key: entry for entry in store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)}
+    parents, depths = {}, {}
+    for key in entries:
+        header = read_header(store, key)
+        progress(1)
+        if isinstance(header, BlockHeader):
+            parents[key] = f"{key[:64]}/{header.key.parent.hex()}"
+            depths[key] = header.key.start
+    used = {key: entry.modified_seconds for key, entry in entries.items()}
+    for key in sorted(parents, key=lambda key: -depths[key]):
+        if parents[key] in used:
+            used[parents[key]] = max(used[parents[key]], used[key])
+    order = sorted(entries, key=lambda key: (used[key], -depths.get(key, 0)))
+    return [StoredEntry(key, entries[key].size_bytes, used[key]) for key in order]
+
+
+def _why_unsound(store: DirectoryStore, entry: StoredEntry) -> str | None:
+    value = store.get_many([entry.key], limit_bytes=_WHOLE_BYTES, timeout_seconds=_TIMEOUT_SECONDS).get(entry.key)
+    if value is None or isinstance(value, StoreError):
+        return "unreadable"
+    try:
+        header = BlockHeader.parse(value)
+        check_digest(value)
+    except BlockError as error:
+        return error.reason
+    return None if header.key.store_key == entry.key else "key_echo"

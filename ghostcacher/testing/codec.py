@@ -1,0 +1,93 @@
+"""What every codec must do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, TensorGroup, TensorSpec
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, TensorCodec
+from ghostcacher.codecs.registry import codec_from, record_of
+from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.keys import Namespace, PrefixChain
+
+
+def group(name: str = "keys", *, heads: int = 2, dim: int = 16, dtype: str = "float32", layers: int = 3) -> TensorGroup:
+    """A group of equal tensors."""
+    return TensorGroup(name, TensorSpec(name, dtype, (heads, TOKENS, dim)), tuple(range(layers)))
+
+
+def block(tokens: int = 128, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVBlock:
+    """A random block of 3 layers; values have another width than keys."""
+    name = str(dtype).removeprefix("torch.")
+    specs = (TensorSpec("keys", name, (2, TOKENS, 16)), TensorSpec("values", name, (2, TOKENS, 12)))
+    layout = KVLayout(tuple(LayerSpec("full", specs) for _ in range(3)))
+    chain = PrefixChain.of(list(range(tokens)), Namespace(bytes(32)), max(16, tokens))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = tuple(torch.randn(group.shape(tokens), generator=generator).to(dtype) for group in layout.groups)
+    return KVBlock(chain.tail(tokens), layout, tensors)
+
+
+class CodecContract:
+    """Subclass it and give a fixture ``codec``; set ``relative_error`` to the bound that a lossy codec states."""
+
+    relative_error = 0.0
+
+    @pytest.mark.parametrize("tokens", [1, 16, 63, 64, 65, 128, 130])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("name", ["keys", "values", "index"])
+    def test_fields_are_what_encode_gives(self, codec: TensorCodec, tokens: int, dtype: str, name: str) -> None:
+        given = group(name, dtype=dtype)
+        tensor = torch.randn(given.shape(tokens)).to(given.spec.torch_dtype)
+        parts = codec.encode(given, tensor)
+        assert {
+            (field.name, field.dtype, field.shape) for field in codec.fields(given, tokens)
+        } == {
+            (name, SAFETENSORS_DTYPES[str(part.dtype).removeprefix("torch.")], tuple(part.shape))
+            for name, part in parts.items()
+        }  # fmt: skip
+        back = codec.decode(given, tokens, parts)
+        assert back.shape == tensor.shape
+        assert back.dtype == tensor.dtype
+
+    @pytest.mark.parametrize("tokens", [1, 64, 128, 130])
+    @pytest.mark.parametrize("kind", ["random", "constant", "zero", "tiny", "large", "outlier"])
+    def test_error_is_within_the_stated_bound(self, codec: TensorCodec, tokens: int, kind: str) -> None:
+        for name in ("keys", "values"):
+            given = group(name)
+            tensor = _input(kind, given.shape(tokens))
+            back = codec.decode(given, tokens, codec.encode(given, tensor))
+            if not codec.lossy:
+                assert torch.equal(back, tensor)
+            assert float((back - tensor).abs().max()) <= self.relative_error * float(tensor.abs().max())
+
+    def test_the_input_is_not_changed(self, codec: TensorCodec) -> None:
+        given = group()
+        tensor = torch.randn(given.shape(64))
+        kept = tensor.clone()
+        codec.decode(given, 64, codec.encode(given, tensor))
+        assert torch.equal(tensor, kept)
+
+    def test_its_record_builds_an_equal_codec(self, codec: TensorCodec) -> None:
+        assert codec_from(record_of(codec)) == codec
+
+    @pytest.mark.parametrize("tokens", [5, 64, 100, 128])
+    def test_a_block_survives_the_blob(self, codec: TensorCodec, tokens: int) -> None:
+        given = block(tokens, dtype=torch.bfloat16)
+        blob = b"".join(CodecChain(codec).encode(given))
+        assert len(blob) == CodecChain(codec).blob_bytes(given.layout, given.key)
+        back = decode_blob(bytearray(blob), given.key, given.layout)
+        assert back.has_expected_shape()
+        assert back.lossy == codec.lossy
+        if not codec.lossy:
+            assert all(torch.equal(a, b) for a, b in zip(back.tensors, given.tensors, strict=True))
+
+
+def _input(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if kind == "outlier":
+        random[..., 0] *= 1e3
+    return {
+        "random": random, "constant": torch.full(shape, 0.7), "zero": torch.zeros(shape), "tiny": random * 1e-20,
+        "large": random * 1e20, "outlier": random,
+    }[kind]  # fmt: skip

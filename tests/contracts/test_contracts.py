@@ -1,0 +1,166 @@
+"""Every implementation against the contract that ships in the wheel."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.raw import RawCodec
+from ghostcacher.codecs.safetensors_format import CodecChain
+from ghostcacher.errors import StoreError
+from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.filesystem import FilesystemStore
+from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.testing.codec import CodecContract
+from ghostcacher.testing.faulty import FaultyStore
+from ghostcacher.testing.policy import PolicyContract
+from ghostcacher.testing.store import SECONDS, StoreContract, key
+from ghostcacher.testing.tier import BLOCK_BYTES, TierContract
+from ghostcacher.tiers.catalog import ListingCatalog
+from ghostcacher.tiers.deadline import DeadlineStore
+from ghostcacher.tiers.decoded import DecodedTier
+from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.readers import Readers
+
+
+class TestMemoryStore(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return MemoryStore()
+
+
+class TestDirectoryStore(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return DirectoryStore(tmp_path / "blocks")
+
+
+class TestFilesystemStoreOnFiles(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return FilesystemStore(f"file://{tmp_path}/blocks")
+
+
+class TestFilesystemStoreInMemory(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return FilesystemStore(f"memory://{uuid.uuid4()}")
+
+
+class TestFaultyStoreWithoutFaults(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return FaultyStore(MemoryStore())
+
+
+class TestDeadlineStore(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return DeadlineStore(MemoryStore())
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """A real server that speaks S3, on loopback."""
+    pytest.importorskip("moto.server", reason="S3 needs moto[server]; `make test` installs it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(150):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+def s3_store(endpoint, path):
+    return FilesystemStore(path, key="testing", secret="testing", client_kwargs={"endpoint_url": endpoint})
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint):
+    s3fs = pytest.importorskip("s3fs")
+    fs = s3fs.S3FileSystem(
+        key="testing", secret="testing", client_kwargs={"endpoint_url": s3_endpoint}, skip_instance_cache=True
+    )
+    name = f"bucket-{uuid.uuid4()}"
+    fs.mkdir(name)
+    return name
+
+
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
+class TestFilesystemStoreOnS3(StoreContract):
+    @pytest.fixture
+    def store(self, s3_endpoint, s3_bucket):
+        return s3_store(s3_endpoint, f"s3://{s3_bucket}/blocks")
+
+    def test_a_dead_server_is_an_error_without_credentials(self, s3_bucket):
+        store = FilesystemStore(
+            "s3://nowhere/x", key="AKIASECRET", secret="hunter2",
+            client_kwargs={"endpoint_url": "http://127.0.0.1:9"}, config_kwargs={"retries": {"max_attempts": 0}},
+        )  # fmt: skip
+        with pytest.raises(StoreError) as caught:
+            store.put_many({key(1): [b"x"]}, timeout_seconds=SECONDS)
+        assert "hunter2" not in f"{caught.value} {store!r}"
+        assert "AKIASECRET" not in f"{caught.value} {store!r}"
+
+
+class TestRawCodec(CodecContract):
+    @pytest.fixture
+    def codec(self):
+        return RawCodec()
+
+
+class TestInt8Codec(CodecContract):
+    # half a step of a 255-step grid over twice the largest value, and bf16's rounding of scale and minimum
+    relative_error = 1 / 255 + 2 * 2**-8
+
+    @pytest.fixture
+    def codec(self):
+        return Int8Codec()
+
+
+class TestLeastRecentlyUsed(PolicyContract):
+    @pytest.fixture
+    def policy(self):
+        return LeastRecentlyUsed()
+
+
+class TestDecodedTier(TierContract):
+    @pytest.fixture
+    def tier(self):
+        return DecodedTier("memory", 8 * BLOCK_BYTES, LeastRecentlyUsed(), lambda event: None)
+
+
+class TestDiskTier(TierContract):
+    @pytest.fixture
+    def tier(self, tmp_path):
+        store = DirectoryStore(tmp_path / "blocks")
+        tier = EncodedTier(
+            "disk", store, CodecChain(RawCodec()), LeastRecentlyUsed(), lambda event: None, is_local=True,
+            timeout_seconds=60.0, budget_bytes=8 * (BLOCK_BYTES + 1088), spread=Readers(), touch_store=store.touch_many,
+        )  # fmt: skip
+        tier.catalog = ListingCatalog(store, tier.reject)
+        return tier
+
+
+class TestRemoteTier(TierContract):
+    @pytest.fixture
+    def tier(self):
+        return EncodedTier(
+            "remote", DeadlineStore(MemoryStore()), CodecChain(RawCodec()), LeastRecentlyUsed(), lambda event: None,
+            is_local=False, timeout_seconds=60.0,
+        )  # fmt: skip
