@@ -114,6 +114,10 @@ class PrefixIndex:
         """
         return longest_prefix([self], chain, exact_only=exact_only)
 
+    def may_displace(self, key: BlockKey) -> bool:
+        """Whether others may be evicted for ``key``: not for a block whose parent is not held, which is no prefix."""
+        return key.start == 0 or key.parent in self._entries
+
     def victims(self, needed_bytes: int, policy: EvictionPolicy) -> Iterator[Entry]:
         """Evictable leaves in the policy's order until ``needed_bytes`` would be free. Does not remove them.
 

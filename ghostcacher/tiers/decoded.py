@@ -71,8 +71,9 @@ class DecodedTier:
             )
             return False
         with self._lock:
-            with self.index.pinned([block.key.parent]):
-                self._make_room(block.size_bytes)
+            if self.index.may_displace(block.key):
+                with self.index.pinned([block.key.parent]):
+                    self._make_room(block.size_bytes)
             if self.index.size_bytes + block.size_bytes > self.budget_bytes:
                 self._observe(
                     CacheEvent("dropped", "tier full of blocks in use", self.name, block.key.length, block.size_bytes)

@@ -167,7 +167,8 @@ class EncodedTier:
             yield True
             return
         with self._sweep_lock, self.index.pinned([key.parent]):
-            self._sweep(size_bytes)
+            if self.index.may_displace(key):
+                self._sweep(size_bytes)
             yield self.index.size_bytes + size_bytes <= self.budget_bytes
 
     def _sweep(self, size_bytes: int) -> None:
