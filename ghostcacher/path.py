@@ -150,7 +150,7 @@ class Path:
         except Exception:
             if session.store.config.strict:
                 raise
-            served = Served(past)
+            served = Served(past, past)
         lossy_from, stored = session.lossy_from, session.stored_columns
         self._expect(session, rows, served)
         session.lossy_from, session.stored_columns = lossy_from if not served.lossy else 0, stored
@@ -181,7 +181,7 @@ class Path:
         width = base + self.call.width
         shape = self.adapter.shape
         if shape is None:
-            return Served(have)
+            return Served(have, have)
         return fill(session.store, shape, layers, rows, have=have, limit=width - self.call.kept_logits, width=width)
 
     def _expect(self, session: Session, rows: tuple[Row, ...], served: Served) -> None:

@@ -15,9 +15,13 @@ from ghostcacher.tiers.stack import Fetched, TierStack
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a fill reached: ``columns`` from the front hold the rows' tokens; where the fetched ones came from."""
+    """What a fill reached: ``columns`` from the front hold the rows' tokens; where the fetched ones came from.
+
+    ``promised`` is how many columns the indexes had said would be there.
+    """
 
     columns: int
+    promised: int
     tier: str = ""
     size_bytes: int = 0
     lossy: bool = False
@@ -50,10 +54,25 @@ def fill(
     A batch reaches as far as its coldest row. The layers show ``have`` columns until everything is verified, and
     change in one step; an exception leaves them as they were. ``width`` is how many columns will be needed.
     """
+    served = _attempt(store, shape, layers, rows, have=have, limit=limit, width=width)
+    if served.columns < served.promised:
+        # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
+        again = _attempt(store, shape, layers, rows, have=served.columns, limit=limit, width=width)
+        if again.columns > served.columns:
+            tier = "+".join(dict.fromkeys(filter(None, [*served.tier.split("+"), *again.tier.split("+")])))
+            size_bytes, lossy = served.size_bytes + again.size_bytes, served.lossy or again.lossy
+            return Served(again.columns, again.promised, tier, size_bytes, lossy)
+    return served
+
+
+def _attempt(
+    store: TierStack, shape: Shape, layers: Sequence[GrowingLayer], rows: Sequence[Row], *,
+    have: int, limit: int, width: int,
+) -> Served:  # fmt: skip
     plans = _plans(store, rows)
     target = min([limit, *(plan.reach(plan.candidates) for plan in plans)])
     if target <= have:
-        return Served(have)
+        return Served(have, have)
     landing = Landing(layers, shape.layout, shape.devices, len(rows), have, width)
     wanted: dict[bytes, BlockKey] = {}
     for plan in plans:
@@ -63,12 +82,15 @@ def fill(
     fetched = store.fetch(list(wanted.values()), shape.layout, landing.place)
     reached = min(target, *(_reached(plan, fetched, have, target) for plan in plans))
     if reached <= have:
-        return Served(have)
+        return Served(have, target)
     for number, row in enumerate(rows):
         landing.pad(number, min(row.pads, reached))
     landing.commit(reached)
     store.touch(list(wanted.values()))
-    return _served(store, shape, fetched, have, reached)
+    names = set(fetched.sources.values())
+    tier = "+".join(tier.name for tier in store.tiers if tier.name in names)
+    size_bytes = (reached - have) * shape.layout.token_bytes()
+    return Served(reached, target, tier, size_bytes, bool(fetched.lossy))
 
 
 def _plans(store: TierStack, rows: Sequence[Row]) -> list[_Plan]:
@@ -84,9 +106,3 @@ def _reached(plan: _Plan, fetched: Fetched, have: int, target: int) -> int:
     if len(run) == len(missing):
         return target
     return max(have, plan.reach(run)) if run else have
-
-
-def _served(store: TierStack, shape: Shape, fetched: Fetched, have: int, reached: int) -> Served:
-    names = set(fetched.sources.values())
-    tier = "+".join(tier.name for tier in store.tiers if tier.name in names)
-    return Served(reached, tier, (reached - have) * shape.layout.token_bytes(), bool(fetched.lossy))

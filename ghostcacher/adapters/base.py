@@ -158,6 +158,8 @@ def _why_refused(module: Any) -> str | None:
     for model_type in (config.model_type, decoder.model_type):
         if why := table.refusal(model_type, TRANSFORMERS_VERSION):
             return f"{model_type}: {why}"
+    if (getattr(module, "tp_size", None) or 1) > 1:
+        return "tensor parallel: each rank holds other heads"
     if getattr(decoder, "use_bidirectional_attention", None):
         return "attention looks both ways"
     if ropes := rope_types(decoder) & table.LENGTH_DEPENDENT_ROPE:

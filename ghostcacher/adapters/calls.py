@@ -150,7 +150,7 @@ def continues(call: Call, past: int) -> bool | None:
 
 
 def _changes_in_training(module: Any) -> bool:
-    if getattr(module, "is_gradient_checkpointing", False):
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         return True
     has_layers = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
     config = module.config.to_dict()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+_TRUSTED = frozenset({"accelerate", "torch", "transformers"})
+
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Parameters and buffers in a fixed order; ``is_hooked`` if any part but the root carries forward hooks."""
+    """Parameters and buffers in a fixed order; ``is_hooked`` if any part but the root carries foreign hooks."""
 
     tensors: list[torch.Tensor]
     is_hooked: bool
@@ -27,5 +30,13 @@ def walk(module: Any) -> Walk:
         tensors.extend(tensor for tensor in part._buffers.values() if tensor is not None)  # noqa: SLF001
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):  # noqa: SLF001 (no public name)
-            is_hooked = True
+            hooks = itertools.chain(part._forward_hooks.values(), part._forward_pre_hooks.values())  # noqa: SLF001
+            is_hooked = is_hooked or any(map(_is_foreign, hooks))
     return Walk(tensors, is_hooked)
+
+
+def _is_foreign(hook: object) -> bool:
+    """Whether ``hook`` is neither transformers' (it records outputs by hooks that stay) nor torch's own."""
+    function = getattr(hook, "func", hook)
+    home = getattr(function, "__module__", None) or type(hook).__module__
+    return home.partition(".")[0] not in _TRUSTED

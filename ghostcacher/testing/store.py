@@ -23,7 +23,9 @@ class StoreContract:
 
     def read(self, store: Store, *keys: str, limit_bytes: int = 2**30) -> dict[str, bytes]:
         found = store.get_many(list(keys), limit_bytes=limit_bytes, timeout_seconds=SECONDS)
-        return {name: bytes(value) for name, value in found.items() if isinstance(value, bytes | bytearray | memoryview)}
+        return {
+            name: bytes(value) for name, value in found.items() if isinstance(value, bytes | bytearray | memoryview)
+        }
 
     def write(self, store: Store, **values: Sequence[bytes]) -> None:
         store.put_many({key(int(name[1:])): parts for name, parts in values.items()}, timeout_seconds=SECONDS)

@@ -211,13 +211,15 @@ class TierStack:
         return bool(remotes)
 
     def _store(self, capture: Capture, model: str) -> None:
+        near = [tier for tier in self.tiers if isinstance(tier, DecodedTier)]
+        far = [tier for tier in self.tiers if tier not in near]
         try:
             keys = capture.keys()
-            near = [tier for tier in self.tiers if isinstance(tier, DecodedTier)]
-            self._store_in(near, capture, keys, model)
+            self._store_in(near or far, capture, keys, model)
         finally:
             self._settle(capture)
-        self._store_in([tier for tier in self.tiers if tier not in near], capture, keys, model)
+        if near:
+            self._store_in(far, capture, keys, model)
 
     def _store_in(self, tiers: Iterable[Tier], capture: Capture, keys: Sequence[BlockKey], model: str) -> None:
         held = list(tiers)
