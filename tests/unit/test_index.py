@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.index import PrefixIndex
+from ghostcacher.keys import Namespace, PrefixChain
+
+NAMESPACE = Namespace(bytes(32))
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=8)
+
+
+def chain(ids):
+    return PrefixChain.of(ids, NAMESPACE, 4)
+
+
+def covered(found):
+    return found[-1].key.start + found[-1].tokens if found else 0
+
+
+def naive_longest(stored, prompt):
+    shared = 0
+    for other in stored:
+        same = next(
+            (n for n, (a, b) in enumerate(zip(other, prompt, strict=False)) if a != b), min(len(other), len(prompt))
+        )
+        shared = max(shared, same)
+    return min(shared, len(prompt) - 1)
+
+
+@settings(max_examples=300)
+@given(PROMPTS, st.lists(st.integers(0, 2), min_size=1, max_size=14))
+def test_longest_match_equals_comparing_with_every_stored_prompt(stored, prompt):
+    index = PrefixIndex()
+    for ids in stored:
+        for key in chain(ids).covering(0, len(ids)):
+            for outgrown in index.add(key, 1):
+                index.remove(outgrown.digest)
+    assert covered(index.longest(chain(prompt))) == naive_longest(stored, prompt)
+
+
+@settings(max_examples=200)
+@given(PROMPTS, st.data())
+def test_counts_hold_whatever_is_added_and_removed(stored, data):
+    index = PrefixIndex()
+    for ids in stored:
+        for key in chain(ids).covering(0, len(ids)):
+            index.add(key, 3)
+    for entry in data.draw(st.lists(st.sampled_from(index.entries()), max_size=6)):
+        index.remove(entry.key.digest)
+    entries = index.entries()
+    assert index.size_bytes == 3 * len(entries) == 3 * len(index)
+    for entry in entries:
+        assert entry.children == sum(other.key.parent == entry.key.digest for other in entries)
+
+
+def test_the_most_recent_use_survives_and_parents_outlive_children():
+    now = [100.0]
+    index = PrefixIndex(clock=lambda: now[0])
+    for first in range(3):
+        for key in chain([first] * 8).covering(0, 8):
+            index.add(key, 10)
+        now[0] += 1
+    index.touch(key.digest for key in chain([0] * 8).covering(0, 8))
+    order = [entry.key for entry in index.victims(60, LeastRecentlyUsed())]
+    assert [(key.tokens[0], key.start) for key in order] == [(1, 4), (1, 0), (2, 4), (2, 0), (0, 4), (0, 0)]
+
+
+def test_lossy_blocks_are_invisible_to_an_exact_reader():
+    index = PrefixIndex()
+    keys = list(chain([1] * 8).covering(0, 8))
+    index.add(keys[0], 1)
+    index.add(keys[1], 1, lossy=True)
+    asked = chain([1] * 9)
+    assert covered(index.longest(asked)) == 8
+    assert covered(index.longest(asked, exact_only=True)) == 4
