@@ -3,8 +3,8 @@
 Keys carry position (they are stored after rope) and have large single channels, so they are grouped along tokens:
 64 tokens of one channel. Values are grouped along channels: one token of one head, cut at 64 channels when wider
 (KIVI, arXiv 2402.02750, found the same split). A code is round((x - minimum) / scale) against scale and minimum as
-rounded to bf16, so encoding what was decoded gives the same bytes. Tokens after the last whole run of 64 keep the
-model's dtype until their group is full: no value is coded twice.
+rounded to bf16. Tokens after the last whole run of 64 keep the model's dtype until their group is full: no value is
+coded twice (coding what was decoded may move it by another step, as the rounded scale need not reach code 255).
 """
 
 from __future__ import annotations

