@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _HARMLESS = frozenset({
     "input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", "logits_to_keep", "use_cache",
-    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "cache", "past_key_values",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", *CACHE_NAMES,
 })  # fmt: skip
 _CUT_ON_LAST_AXIS = ("input_ids", "position_ids", "token_type_ids", "cache_position")
 _MASK_2D = 2

@@ -193,8 +193,8 @@ def test_rope_that_depends_on_the_length_runs_cold(store, generate, rope_type):
 
 
 def test_padded_rows_of_a_type_that_counts_from_the_past_run_cold(store, generate):
-    model = tiny_model("bart", d_model=64, num_hidden_layers=2, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96,
-                       encoder_layers=2, is_encoder_decoder=False, is_decoder=True)  # fmt: skip
+    model = tiny_model("bart", d_model=64, num_hidden_layers=2, decoder_layers=2, decoder_attention_heads=4,
+                       decoder_ffn_dim=96, encoder_layers=2, is_encoder_decoder=False, is_decoder=True)  # fmt: skip
     ids = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), PROMPT[:, :20]], 1), PROMPT[:, :25]])
     mask = (ids != 0).long()
     expected = generate(model, ids, attention_mask=mask)
