@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import socket
 import subprocess
 import sys
@@ -69,7 +68,10 @@ def first_tokens(bench: Bench, tokens: int, repeats: int, folder: Path, s3: str 
         sizes = {"raw": near.stats().tiers[1], "int8": int8.stats().tiers[0]}
         per_token = {name: tier.size_bytes / tier.blocks / 128 for name, tier in sizes.items()}
     leaving = leaves_anywhere(bench, limit_at(bench, filled, tokens), tokens, folder, repeats)
-    return {**{name: median(values) for name, values in runs.items()}, "bytes per token": per_token, "leaving": leaving}
+    # Ratios are taken round by round, against the limit of the same round: the machine's speed drifts.
+    ratios = {name: median([v / least for v, least in zip(runs[name], runs["limit"], strict=True)]) for name in runs}
+    seconds = {name: median(values) for name, values in runs.items()}
+    return {"seconds": seconds, "over limit": ratios, "bytes per token": per_token, "leaving": leaving}
 
 
 def limit_at(bench: Bench, filled: Any, tokens: int) -> tuple[int, Limit]:
@@ -92,7 +94,7 @@ def leaves_anywhere(bench: Bench, at: tuple[int, Limit], tokens: int, folder: Pa
             del cache
             store.flush()
     expect(tokens > cut, "the cut lies inside")
-    return median(least[1:]) / median(ours[1:])
+    return median([a / b for a, b in zip(least[1:], ours[1:], strict=True)])
 
 
 def never_seen(bench: Bench, tokens: int, repeats: int, folder: Path) -> dict[str, float]:
@@ -208,7 +210,8 @@ def child_memory(model: str, store: str, tokens: str, name: str) -> dict[str, fl
         bench.generate(bench.text[:, : int(tokens)], cache, new=4)
         opened.flush()
         expect(name != "warm" or cache.report.cached_tokens > 0, "it was warm")
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"bytes": int(status["VmHWM"].split()[0]) * 1024}
 
 
 def commands(folder: Path) -> dict[str, float]:

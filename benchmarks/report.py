@@ -23,12 +23,15 @@ def _text(found: dict[str, Any]) -> str:
         _table(["", *map(_tokens, sizes)], [[way, *(_over_limit(found, size, way) for size in sizes)] for way in WAYS]
                + [["disk, fresh process", *(f"{found['fresh'][size]['ratio']:.2f}" for size in sizes)]]),
         "### Cold over warm: how many times sooner the first token comes",
-        _table(["", *map(_tokens, sizes)], [[way, *(_speedup(found, size, way) for size in sizes)] for way in ("limit", *WAYS)]),
+        _table(
+            ["", *map(_tokens, sizes)],
+            [[way, *(_speedup(found, size, way) for size in sizes)] for way in ("limit", *WAYS)],
+        ),
         "### Seconds, and what cannot be a ratio",
         _table(["", *map(_tokens, sizes)], [
             ["cold first token, s", *(f"{found['unseen'][size]['seconds']:.2f}" for size in sizes)],
-            ["limit, s", *(f"{found['first'][size]['limit']:.3f}" for size in sizes)],
-            ["making the first GhostCache of a process, s", *(f"{found['fresh'][s]['making the cache']:.3f}" for s in sizes)],
+            ["limit, s", *(f"{found['first'][size]['seconds']['limit']:.3f}" for size in sizes)],
+            ["first GhostCache of a process, s", *(f"{found['fresh'][s]['making the cache']:.3f}" for s in sizes)],
             ["bytes a token on disk, raw", *(f"{found['first'][s]['bytes per token']['raw']:,.0f}" for s in sizes)],
             ["bytes a token on disk, int8", *(f"{found['first'][s]['bytes per token']['int8']:,.0f}" for s in sizes)],
         ]),
@@ -60,13 +63,13 @@ def _rest(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _over_limit(found: dict[str, Any], size: int, way: str) -> str:
-    first = found["first"][size]
-    return f"{first[way] / first['limit']:.2f}" if way in first else "-"
+    ratios = found["first"][size]["over limit"]
+    return f"{ratios[way]:.2f}" if way in ratios else "-"
 
 
 def _speedup(found: dict[str, Any], size: int, way: str) -> str:
-    first = found["first"][size]
-    return f"{found['unseen'][size]['seconds'] / first[way]:.1f}" if way in first else "-"
+    seconds = found["first"][size]["seconds"]
+    return f"{found['unseen'][size]['seconds'] / seconds[way]:.1f}" if way in seconds else "-"
 
 
 def _tokens(size: object) -> str:
