@@ -63,7 +63,7 @@ class ModelAdapter:
         """Identity of everything that changes KV state, as the model stands now.
 
         Raises:
-            UnservedError: hooks on the model's layers: what they do to its state (prune it, say) cannot be known.
+            UnservedError: hooks on the model's layers, or peft adapters: what they do to its state cannot be known.
             ValueError: the weights cannot be read, or the model was not prepared.
         """
         if self.shape is None:
@@ -71,6 +71,8 @@ class ModelAdapter:
         found = walk(module)
         if found.is_hooked:
             raise UnservedError("hooks on the model's layers")
+        if found.has_adapters:
+            raise UnservedError("peft adapters in the model")
         weights = self._weights.current(module, found.tensors, always=mode == "always")
         config_now = vars(text_config(module))
         if weights != self._known_weights or config_now != self._known_config:

@@ -13,26 +13,32 @@ _TRUSTED = frozenset({"accelerate", "torch", "transformers"})
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Parameters and buffers in a fixed order; ``is_hooked`` if any part but the root carries foreign hooks."""
+    """Parameters and buffers in a fixed order, and what must not be served.
+
+    ``is_hooked`` if any part but the root carries foreign hooks; ``has_adapters`` if any part is peft's: whether an
+    adapter is on, off, merged or scaled is no tensor.
+    """
 
     tensors: list[torch.Tensor]
     is_hooked: bool
+    has_adapters: bool
 
 
 def walk(module: Any) -> Walk:
     """Look at every part of ``module``. A third of the time of ``named_parameters`` and ``modules``."""
     tensors: list[torch.Tensor] = []
-    is_hooked = False
+    is_hooked = has_adapters = False
     parts = [module]
     while parts:
         part = parts.pop()
         tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (stable)
         tensors.extend(tensor for tensor in part._buffers.values() if tensor is not None)  # noqa: SLF001
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
+        has_adapters = has_adapters or type(part).__module__.startswith("peft.")
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):  # noqa: SLF001 (no public name)
             hooks = itertools.chain(part._forward_hooks.values(), part._forward_pre_hooks.values())  # noqa: SLF001
             is_hooked = is_hooked or any(map(_is_foreign, hooks))
-    return Walk(tensors, is_hooked)
+    return Walk(tensors, is_hooked, has_adapters)
 
 
 def _is_foreign(hook: object) -> bool:
