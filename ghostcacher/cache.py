@@ -104,7 +104,7 @@ class GhostCache(DynamicCache):
         module = self._module()
         if module is not None:
             self.layers[:] = DynamicCache(config=module.config).layers
-        self._session = None
+        self._forget_rows()
 
     def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
         """See `Door.session_of`."""
@@ -174,17 +174,16 @@ class Attachment:
 
     def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
         """See `Door.session_of`."""
-        found = self._sessions.get(cache)
-        shape = self._hooks.adapter.shape
-        if (
-            found is None
-            and layers is not None
-            and shape is not None
-            and not any(layer.get_seq_length() for layer in layers)
-        ):
-            found = _begun(cache, layers, Session(self.store, shape.layout, self._hooks.adapter.model_type))
-            self._sessions[cache] = found
-        return found
+        adapter = self._hooks.adapter
+        with self._lock:
+            found = self._sessions.get(cache)
+            if found is not None or layers is None or adapter.shape is None:
+                return found
+            if any(layer.get_seq_length() for layer in layers):
+                return None
+            made = _begun(cache, layers, Session(self.store, adapter.shape.layout, adapter.model_type))
+            self._sessions[cache] = made
+            return made
 
     def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:
         """See `Door.publish`."""

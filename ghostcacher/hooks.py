@@ -75,6 +75,8 @@ class ModelHooks:
             call.cache.was_asked = False
         layers = growing(call.cache)
         session = door.session_of(call.cache, layers)
+        if session is not None and output is None:
+            session.forget()
         if session is not None and layers is not None and session.expected is not None:
             settle(session, layers, ended_well=output is not None)
 

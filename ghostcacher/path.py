@@ -66,6 +66,9 @@ class Path:
             return self._continue(past)
         if past and self.own is None:
             return 0
+        if self.own is not None and past and growing(self.call.cache) is None:
+            self.own.empty()
+            past = 0
         reason = self._why_cold()
         layers = None if reason else self.adapter.growing_layers(self.call.cache)
         if reason is None and layers is None:
@@ -111,18 +114,19 @@ class Path:
         try:
             rows = self._rows(pads)
             have = min(session.shared_columns(rows), past, self.call.width - self.call.kept_logits)
-            for layer in layers:
-                layer.cut_to(have)
+            _cut_all(layers, have)
             served = self._fill(session, layers, rows, have=have, base=0)
         except UnservedError as error:
             return self._run_cold(session, str(error), past)
         except Exception as error:
+            _cut_all(layers, 0)
             if session.store.config.strict:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
+        is_lossy = served.lossy or (have > 0 and session.lossy_from is not None)
         session.forget()
-        self._expect(session, rows, served)
-        self._publish(session, self._report(rows, served, have))
+        self._expect(session, rows, is_lossy=is_lossy)
+        self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
         return served.columns
 
     def _continue(self, past: int) -> int:
@@ -148,12 +152,11 @@ class Path:
         try:
             served = self._fill(session, layers, rows, have=past, base=past)
         except Exception:
+            _cut_all(layers, past)
             if session.store.config.strict:
                 raise
             served = Served(past, past)
-        lossy_from, stored = session.lossy_from, session.stored_columns
-        self._expect(session, rows, served)
-        session.lossy_from, session.stored_columns = lossy_from if not served.lossy else 0, stored
+        self._expect(session, rows, is_lossy=served.lossy or session.lossy_from is not None)
         if session.report is not None:
             cached = session.report.cached_tokens + served.columns - past
             update = replace(
@@ -184,16 +187,16 @@ class Path:
             return Served(have, have)
         return fill(session.store, shape, layers, rows, have=have, limit=width - self.call.kept_logits, width=width)
 
-    def _expect(self, session: Session, rows: tuple[Row, ...], served: Served) -> None:
+    def _expect(self, session: Session, rows: tuple[Row, ...], *, is_lossy: bool) -> None:
         session.expected = Expected(rows, rows[0].columns)
-        session.lossy_from = 0 if served.lossy else None
+        session.lossy_from = 0 if is_lossy else None
 
-    def _report(self, rows: Sequence[Row], served: Served, have: int) -> CacheReport:
+    def _report(self, rows: Sequence[Row], served: Served, have: int, *, is_lossy: bool) -> CacheReport:
         cached = max(0, served.columns - min(row.pads for row in rows))
         tier = "+".join(name for name in ("live" if have else "", served.tier) if name)
         reason = "hit" if cached else "miss: first seen"
         return CacheReport(
-            _longest(rows), cached, tier, self._seconds(), served.size_bytes, reason, len(rows), served.lossy
+            _longest(rows), cached, tier, self._seconds(), served.size_bytes, reason, len(rows), is_lossy
         )
 
     def _publish(self, session: Session | None, report: CacheReport) -> None:
@@ -224,8 +227,15 @@ def growing(cache: Cache) -> Sequence[GrowingLayer] | None:
     return layers if layers and all(isinstance(layer, GrowingLayer) for layer in layers) else None
 
 
+def _cut_all(layers: Sequence[GrowingLayer], columns: int) -> None:
+    for layer in layers:
+        layer.cut_to(columns)
+
+
 def _past(cache: Cache) -> int:
     """Columns that the cache holds, whatever it says of itself; 1 for state that has no columns."""
+    if layers := growing(cache):
+        return min(int(layer.get_seq_length()) for layer in layers)
     for layer in cache.layers:
         if hasattr(layer, "get_seq_length"):
             return int(layer.get_seq_length())

@@ -123,7 +123,7 @@ class Session:
 
 def finish(session: Session, layers: Sequence[GrowingLayer]) -> None:
     """Store what a cache object held when it went away."""
-    if session.rows is not None and layers and layers[0].get_seq_length() == session.columns:
+    if session.rows is not None and all(layer.get_seq_length() == session.columns for layer in layers):
         session.capture(layers)
 
 

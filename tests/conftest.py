@@ -56,7 +56,8 @@ def generate():
     """`model.generate` with the cache under the name that this transformers takes."""
 
     def run(model, ids, cache=None, *, new=8, **options):
-        taken = inspect.signature(model.forward).parameters
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        taken = inspect.signature(base.forward).parameters
         name = next(name for name in ("cache", "past_key_values", "cache_params") if name in taken)
         given = {} if cache is None else {name: cache}
         options.setdefault("do_sample", False)

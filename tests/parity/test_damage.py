@@ -182,3 +182,34 @@ def test_what_follows_lossy_state_is_lossy(directory, generate):
         memory, disk = store.tiers
         assert all(entry.lossy for entry in memory.index.entries())
         assert disk.stats().stored == 0, "no block is coded twice"
+
+
+@pytest.mark.parametrize("door", ["own", "attach"])
+def test_a_failure_after_half_the_prefix_was_placed_runs_cold(directory, generate, monkeypatch, door):
+    """The first attempt ends at a hole and commits; the second raises: nothing of the first may stay."""
+    model = tiny_model("llama")
+    files = fill(model, directory, generate)
+    expected = generate(model, PROMPT)
+    with opened(directory) as store:
+        matches = []
+        real = store.match
+
+        def match(chain):
+            matches.append(chain)
+            if len(matches) == 2:
+                raise RuntimeError("on command")
+            found = real(chain)
+            files[2].unlink(missing_ok=True)
+            return found
+
+        monkeypatch.setattr(store, "match", match)
+        if door == "own":
+            cache = GhostCache(model, store)
+            assert torch.equal(generate(model, PROMPT, cache), expected)
+            report = cache.report
+        else:
+            with ghostcacher.attach(model, store) as attached:
+                assert torch.equal(generate(model, PROMPT), expected)
+            report = attached.reports[0]
+        assert report.reason == "bypass: internal error (RuntimeError: on command)"
+        assert len(matches) == 2

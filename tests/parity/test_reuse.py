@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import ghostcacher
 from ghostcacher import GhostCache, attach
+from ghostcacher.adapters.calls import CallReader
 from ghostcacher.testing.models import RECIPES, random_prompt, tiny_model
 
 
@@ -212,6 +213,63 @@ def test_an_exception_inside_the_forward_leaves_a_usable_cache(llama, store, gen
     store.flush()
     assert not store.stats().tiers[0].blocks
     assert torch.equal(generate(llama, prompt, cache), generate(llama, prompt))
+
+
+@pytest.mark.parametrize("failing_step", [3, 6])
+def test_an_exception_in_a_decode_step_leaves_a_usable_cache(llama, store, generate, failing_step):
+    class StopEarlyError(Exception):
+        pass
+
+    steps = []
+
+    def fail(*_):
+        steps.append(1)
+        if len(steps) == failing_step:
+            raise StopEarlyError
+
+    prompt = random_prompt(40, seed=1)
+    cache = GhostCache(llama, store)
+    generate(llama, prompt, cache, new=1)
+    original = llama.model.layers[2].forward
+    llama.model.layers[2].forward = lambda *args, **kwargs: (fail(), original(*args, **kwargs))[1]
+    with pytest.raises(StopEarlyError):
+        generate(llama, prompt, cache)
+    llama.model.layers[2].forward = original
+    for second in (prompt, random_prompt(50, seed=2)):
+        assert torch.equal(generate(llama, second, cache), generate(llama, second))
+    store.flush()
+    fresh = GhostCache(llama, store)
+    assert torch.equal(generate(llama, prompt, fresh), generate(llama, prompt))
+
+
+def test_a_reset_cache_never_stores_what_it_no_longer_holds(llama, store, generate):
+    """As many columns as before, of something else: the old rows must be forgotten with the state."""
+    prompt, other = random_prompt(40, seed=1), random_prompt(40, seed=2)
+    cache = GhostCache(llama, store)
+    generate(llama, prompt, cache)
+    cache.reset()
+    embeds = llama.get_input_embeddings()(other)
+    llama.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(other), max_new_tokens=8, do_sample=False,
+                   **{CallReader(llama).cache_name: cache})  # fmt: skip
+    del cache
+    gc.collect()
+    store.flush()
+    fresh = GhostCache(llama, store)
+    out = generate(llama, prompt, fresh)
+    assert torch.equal(out, generate(llama, prompt))
+    longer = torch.cat([out, random_prompt(4, seed=3)], 1)
+    assert torch.equal(generate(llama, longer, GhostCache(llama, store)), generate(llama, longer))
+
+
+def test_a_prompt_after_a_bypassed_one_is_served(llama, store, generate):
+    prompt = random_prompt(40, seed=1)
+    cache = GhostCache(llama, store)
+    generate(llama, prompt, cache)
+    store.flush()
+    generate(llama, prompt, cache, output_hidden_states=True, return_dict_in_generate=True)
+    assert cache.report.reason.startswith("bypass")
+    assert torch.equal(generate(llama, prompt, cache), generate(llama, prompt))
+    assert cache.report.cached_tokens == 39
 
 
 def test_crop_and_row_selection_by_the_caller(llama, store, generate):
