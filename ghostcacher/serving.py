@@ -51,8 +51,8 @@ def fill(
 ) -> Served:  # fmt: skip
     """Make the layers hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
 
-    A batch reaches as far as its coldest row. The layers show ``have`` columns until everything is verified, and
-    change in one step; an exception leaves them as they were. ``width`` is how many columns will be needed.
+    A batch reaches as far as its coldest row. The layers change in one step per attempt, once everything of it is
+    verified; after an exception the caller cuts them back. ``width`` is how many columns will be needed.
     """
     served = _attempt(store, shape, layers, rows, have=have, limit=limit, width=width)
     if served.columns < served.promised:
