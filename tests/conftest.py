@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+import uuid
 
 import pytest
 import torch
@@ -65,6 +70,37 @@ def generate():
         return model.generate(ids, max_new_tokens=new, **given, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """A real server that speaks S3, on loopback."""
+    pytest.importorskip("moto.server", reason="S3 needs moto[server]; `make test` installs it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(150):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint):
+    s3fs = pytest.importorskip("s3fs")
+    fs = s3fs.S3FileSystem(
+        key="testing", secret="testing", client_kwargs={"endpoint_url": s3_endpoint}, skip_instance_cache=True
+    )
+    name = f"bucket-{uuid.uuid4()}"
+    fs.mkdir(name)
+    return name
 
 
 @pytest.fixture(autouse=True)

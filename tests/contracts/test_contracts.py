@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
 import uuid
 
 import pytest
@@ -66,39 +62,8 @@ class TestDeadlineStore(StoreContract):
         return DeadlineStore(MemoryStore())
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint():
-    """A real server that speaks S3, on loopback."""
-    pytest.importorskip("moto.server", reason="S3 needs moto[server]; `make test` installs it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(150):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    server.kill()
-    server.wait()
-
-
 def s3_store(endpoint, path):
     return FilesystemStore(path, key="testing", secret="testing", client_kwargs={"endpoint_url": endpoint})
-
-
-@pytest.fixture
-def s3_bucket(s3_endpoint):
-    s3fs = pytest.importorskip("s3fs")
-    fs = s3fs.S3FileSystem(
-        key="testing", secret="testing", client_kwargs={"endpoint_url": s3_endpoint}, skip_instance_cache=True
-    )
-    name = f"bucket-{uuid.uuid4()}"
-    fs.mkdir(name)
-    return name
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
