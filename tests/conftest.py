@@ -63,7 +63,7 @@ def generate():
     def run(model, ids, cache=None, *, new=8, **options):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(base.forward).parameters
-        name = next(name for name in ("cache", "past_key_values", "cache_params") if name in taken)
+        name = next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
         given = {} if cache is None else {name: cache}
         options.setdefault("do_sample", False)
         options.setdefault("attention_mask", torch.ones_like(ids))

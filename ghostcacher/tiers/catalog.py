@@ -107,8 +107,8 @@ class ListingCatalog:
 class ProbingCatalog:
     """For a remote store: asks for the chain's own keys, in one batch.
 
-    Partial matches are found for what this process stored, and at every 16 tokens of a tail block for what others
-    did.
+    Partial matches are found for what this process stored; of what others did, tail blocks that end with the prompt
+    or at a multiple of 16 tokens.
     """
 
     def __init__(self, store: Store, timeout_seconds: float) -> None:

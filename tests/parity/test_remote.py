@@ -31,7 +31,7 @@ def url(s3_endpoint, s3_bucket, monkeypatch):
 def test_another_machine_finds_it_and_keeps_it(llama, generate, url, tmp_path):
     expected = generate(llama, PROMPT)
     with ghostcacher.open_store(memory=None, disk=None, remote=url, block_tokens=16) as store:
-        generate(llama, PROMPT, GhostCache(llama, store))
+        generate(llama, PROMPT, GhostCache(llama, store), new=1)
     with ghostcacher.open_store(tmp_path / "other", memory=None, remote=url, block_tokens=16) as store:
         tiers = []
         for _ in range(2):
