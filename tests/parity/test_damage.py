@@ -99,8 +99,9 @@ def test_another_blocks_file_under_a_right_name(model, directory, generate):
         assert store.stats().tiers[0].rejected == 1
 
 
-def test_another_namespaces_file_under_a_right_name(directory, tmp_path, generate):
-    model, other = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+@pytest.mark.parametrize("model_type", sorted(RECIPES))
+def test_another_namespaces_file_under_a_right_name(directory, tmp_path, generate, model_type):
+    model, other = tiny_model(model_type, seed=1), tiny_model(model_type, seed=2)
     files = fill(model, directory, generate)
     foreign = fill(other, tmp_path / "other", generate)
     for mine, theirs in zip(files, foreign, strict=True):
