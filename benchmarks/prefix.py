@@ -294,6 +294,15 @@ def run_all(sizes: list[int], repeats: int) -> dict[str, Any]:
     return found
 
 
+def run_one(what: str, sizes: list[int], repeats: int) -> dict[int, Any]:
+    """One part alone, on an otherwise idle machine, with as many rounds as one likes."""
+    with tempfile.TemporaryDirectory() as root:
+        bench = Bench.at(Path(root) / "model")
+        if what == "decode":
+            return {tokens: decoding(bench, tokens, repeats) for tokens in sizes}
+        return {tokens: never_seen(bench, tokens, repeats, Path(root) / str(tokens)) for tokens in sizes}
+
+
 def machine() -> str:
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} torch thread, Python {platform.python_version()}, "
@@ -317,7 +326,11 @@ if __name__ == "__main__":
         parser.add_argument("--write", type=Path)
         parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
         parser.add_argument("--repeats", type=int, default=7)
+        parser.add_argument("--only", choices=("unseen", "decode"), help="one part alone; writes nothing")
         arguments = parser.parse_args()
+        if arguments.only:
+            print(json.dumps(run_one(arguments.only, arguments.tokens, arguments.repeats), indent=1))
+            raise SystemExit
         results = run_all(arguments.tokens, arguments.repeats)
         print(json.dumps(results, indent=1))
         if arguments.write:
