@@ -25,13 +25,13 @@ class Walk:
 
 
 def walk(module: Any) -> Walk:
-    """Look at every part of ``module``. A third of the time of ``named_parameters`` and ``modules``."""
+    """Look at every part of ``module``. One pass, in place of ``parameters``, ``buffers`` and ``modules``."""
     tensors: list[torch.Tensor] = []
     is_hooked = has_adapters = False
     parts = [module]
     while parts:
         part = parts.pop()
-        tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (stable)
+        tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (one pass instead of three)
         tensors.extend(tensor for tensor in part._buffers.values() if tensor is not None)  # noqa: SLF001
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
         has_adapters = has_adapters or type(part).__module__.startswith("peft.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -155,8 +155,8 @@ def _age(used_at_seconds: float) -> str:
     return f"{format_seconds(max(0.0, time.time() - used_at_seconds))} ago"
 
 
-def _advance(bar: object, amount: int) -> None:
-    bar.update(amount)  # type: ignore[attr-defined]
+def _advance(bar: Any, amount: int) -> None:
+    bar.update(amount)
 
 
 if __name__ == "__main__":

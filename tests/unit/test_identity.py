@@ -126,5 +126,4 @@ def test_config_changed_between_two_prompts_is_noticed(tmp_path, generate):
 def test_tensor_parallel_models_run_cold():
     model = tiny_model("llama")
     model._tp_size = 2
-    type(model).tp_size  # noqa: B018 (a public property of transformers)
     assert "tensor parallel" in (adapters.ModelAdapter(model).refusal or "")

@@ -161,13 +161,11 @@ def test_f40_a_hanging_remote_costs_its_deadline_and_no_more(tmp_path):
     with remote_stack(tmp_path, remote, timeout_seconds=0.2) as store:
         started = time.monotonic()
         assert store.match(chain_of(33)) == ()
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 1.0
         assert store.stats().tiers[1].errors == 1
         for _ in range(20):
             store.match(chain_of(33))
-        started = time.monotonic()
-        store.match(chain_of(33))
-        assert time.monotonic() - started < 1.5, "with 8 calls hanging, no ninth is waited for"
+        assert remote.calls == ["contains_many"] * 8, "with 8 calls hanging, no ninth is begun"
 
 
 def test_a_hit_in_a_far_tier_is_taken_into_the_near_one(tmp_path, llama, generate):
