@@ -38,9 +38,10 @@ def first_tokens(bench: Bench, tokens: int, repeats: int, folder: Path, s3: str 
         ghostcacher.open_store(folder / "raw", memory=None) as disk,
         ghostcacher.open_store(folder / "int8", memory=None, codec="int8") as int8,
         ghostcacher.open_store(folder / "none", **options) as remote,
+        ghostcacher.open_store(folder / "none", **{**options, "remote": s3 and f"{s3}-int8"}, codec="int8") as remote8,
     ):
-        stores = {"memory": near, "disk": disk, "disk int8": int8, **({"S3": remote} if s3 else {})}
-        for store in (near, int8, remote):
+        stores = {"memory": near, "disk": disk, "disk int8": int8, **({"S3": remote, "S3 int8": remote8} if s3 else {})}
+        for store in (near, int8, remote, remote8):
             cache = GhostCache(bench.model, store)
             bench.generate(prefix, cache)
             store.flush()
