@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Literal, Self
 
 import torch
@@ -16,7 +17,10 @@ from ghostcacher.keys import BlockKey
 TOKENS = -1
 """Stands for the token axis in a `TensorSpec.shape`."""
 
-LayerKind = Literal["full", "window", "indexed", "conv", "recurrent", "hybrid", "compressed", "dummy", "unknown"]
+LayerKind = Literal[
+    "full", "latent", "window", "indexed", "sparse", "conv", "recurrent", "hybrid", "hybrid window", "compressed",
+    "dummy",
+]  # fmt: skip
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -25,16 +29,37 @@ DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """An axis of a snapshot whose size follows from how many tokens came before.
+
+    ``below``: all of them, at most ``tokens`` - 1 (a window). ``each``: one for every ``tokens``. ``rest``: those
+    after the last whole ``tokens``. ``once``: ``size`` as soon as there are ``tokens``, none before.
+    """
+
+    rule: Literal["below", "each", "rest", "once"]
+    tokens: int
+    size: int = 1
+
+    def sized(self, before: int) -> int:
+        """Size of the axis after ``before`` tokens."""
+        sizes = {
+            "below": min(before, self.tokens - 1), "each": before // self.tokens, "rest": before % self.tokens,
+            "once": self.size if before >= self.tokens else 0,
+        }  # fmt: skip
+        return sizes[self.rule]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of one cache layer, without its batch axis.
 
-    ``shape`` holds `TOKENS` where the token axis is (nowhere, for state that has none); ``batch_axis`` is where
-    the batch axis stands in the model's own tensor.
+    ``shape`` holds `TOKENS` where the token axis is. State that has none is a snapshot: valid after exactly the
+    tokens that made it. ``batch_axis`` is where the batch axis stands in the model's own tensor.
     """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | Extent, ...]
     batch_axis: int = 0
 
     @property
@@ -48,8 +73,11 @@ class TensorSpec:
         return DTYPES[self.dtype]
 
     def sized(self, tokens: int) -> tuple[int, ...]:
-        """``shape`` with the token axis filled in."""
-        return tuple(tokens if size == TOKENS else size for size in self.shape)
+        """``shape`` with the token axis filled in; for a snapshot, as it is after ``tokens`` tokens."""
+        return tuple(
+            axis.sized(tokens) if isinstance(axis, Extent) else tokens if axis == TOKENS else axis
+            for axis in self.shape
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +115,24 @@ class KVLayout:
 
     @cached_property
     def groups(self) -> tuple[TensorGroup, ...]:
-        """Stacks of equal tensors, by name, then in order of their first layer."""
+        """What a block holds: stacks of equal per-token tensors, by name, then in order of their first layer."""
+        return self._stacked(has_tokens=True)
+
+    @cached_property
+    def snapshot_groups(self) -> tuple[TensorGroup, ...]:
+        """What a snapshot holds: stacks of equal tensors that have no token axis."""
+        return self._stacked(has_tokens=False)
+
+    def groups_of(self, key: BlockKey) -> tuple[TensorGroup, ...]:
+        """What is stored under ``key``."""
+        return self.snapshot_groups if key.is_snapshot else self.groups
+
+    def _stacked(self, *, has_tokens: bool) -> tuple[TensorGroup, ...]:
         members: dict[TensorSpec, list[int]] = {}
         for number, layer in enumerate(self.layers):
             for spec in layer.tensors:
-                members.setdefault(spec, []).append(number)
+                if (spec.token_axis is not None) == has_tokens:
+                    members.setdefault(spec, []).append(number)
         names = [spec.name for spec in members]
         return tuple(
             TensorGroup(spec.name if names.count(spec.name) == 1 else f"{spec.name}.{layers[0]}", spec, tuple(layers))
@@ -102,18 +143,27 @@ class KVLayout:
     def digest(self) -> str:
         """SHA-256 over the layers in JSON, in hexadecimal: the layout's part in a namespace."""
         document = [
-            [layer.kind, [[t.name, t.dtype, t.shape, t.batch_axis] for t in layer.tensors]] for layer in self.layers
+            [layer.kind, [[t.name, t.dtype, list(map(_plain, t.shape)), t.batch_axis] for t in layer.tensors]]
+            for layer in self.layers
         ]
         return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
 
     def token_bytes(self) -> int:
         """Bytes of one token in the model's own dtypes."""
-        return sum(torch.Size(group.shape(1)).numel() * group.spec.torch_dtype.itemsize for group in self.groups)
+        return _bytes_of(self.groups, 1)
+
+    def snapshot_bytes(self, tokens: int) -> int:
+        """Bytes of a snapshot after ``tokens`` tokens, in the model's own dtypes."""
+        return _bytes_of(self.snapshot_groups, tokens)
+
+    def bytes_of(self, key: BlockKey) -> int:
+        """Bytes of what is stored under ``key``, in the model's own dtypes."""
+        return _bytes_of(self.groups_of(key), sizing_tokens(key))
 
 
 @dataclass(frozen=True, slots=True)
 class KVBlock:
-    """The immutable state of one block: one tensor per group of the layout, ``[layers, *spec.shape]``.
+    """The immutable state of one block or snapshot: one tensor per group of the layout, ``[layers, *spec.shape]``.
 
     ``lossy`` is true if this block or any block before it went through a lossy codec.
     """
@@ -130,12 +180,21 @@ class KVBlock:
 
     def has_expected_shape(self) -> bool:
         """Whether every tensor has the shape and dtype that the layout gives for this key's token count."""
-        return have_expected_shape(self.layout, self.key.length, self.tensors)
+        groups, tokens = self.layout.groups_of(self.key), sizing_tokens(self.key)
+        return len(self.tensors) == len(groups) and all(
+            tuple(tensor.shape) == group.shape(tokens) and tensor.dtype == group.spec.torch_dtype
+            for group, tensor in zip(groups, self.tensors, strict=True)
+        )
 
 
-def have_expected_shape(layout: KVLayout, tokens: int, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether ``tensors`` are what ``layout`` says for a block of ``tokens`` tokens."""
-    return len(tensors) == len(layout.groups) and all(
-        tuple(tensor.shape) == group.shape(tokens) and tensor.dtype == group.spec.torch_dtype
-        for group, tensor in zip(layout.groups, tensors, strict=True)
-    )
+def sizing_tokens(key: BlockKey) -> int:
+    """The token count that sizes what is stored under ``key``: its own, or for a snapshot all up to its end."""
+    return key.end if key.is_snapshot else key.length
+
+
+def _bytes_of(groups: Sequence[TensorGroup], tokens: int) -> int:
+    return sum(prod(group.shape(tokens)) * group.spec.torch_dtype.itemsize for group in groups)
+
+
+def _plain(axis: int | Extent) -> int | list[str | int]:
+    return [axis.rule, axis.tokens, axis.size] if isinstance(axis, Extent) else axis

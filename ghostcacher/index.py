@@ -6,7 +6,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ghostcacher.keys import TOKEN_BYTES, BlockKey, PrefixChain, common_tokens
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A block that shares its first ``tokens`` tokens with what was asked for."""
+    """A block (or snapshot) that shares its first ``tokens`` tokens with what was asked for."""
 
     key: BlockKey
     tokens: int
@@ -31,6 +31,7 @@ class PrefixIndex:
         self._lock = threading.RLock()
         self._entries: dict[bytes, Entry] = {}
         self._children: defaultdict[bytes, dict[bytes, dict[bytes, BlockKey]]] = defaultdict(dict)
+        self._snapshots: Counter[bytes] = Counter()
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -58,6 +59,8 @@ class PrefixIndex:
             children = sum(len(run) for run in self._children.get(key.digest, {}).values())
             self._entries[key.digest] = Entry(key, size_bytes, used, lossy=lossy, children=children)
             self.size_bytes += size_bytes
+            if key.is_snapshot:
+                self._snapshots[key.namespace] += size_bytes
             self._children[key.parent].setdefault(key.tokens[:TOKEN_BYTES], {})[key.digest] = key
             if parent := self._entries.get(key.parent):
                 parent.children += 1
@@ -95,15 +98,27 @@ class PrefixIndex:
         with self._lock:
             best: Candidate | None = None
             for digest, key in self._children.get(parent, {}).get(tokens[:TOKEN_BYTES], {}).items():
-                if exact_only and self._entries[digest].lossy:
+                if key.is_snapshot or (exact_only and self._entries[digest].lossy):
                     continue
                 shared = common_tokens(key.tokens, tokens)
                 if best is None or shared > best.tokens or (shared == best.tokens and key.length < best.key.length):
                     best = Candidate(key, shared)
             return best
 
+    def best_snapshot(self, parent: bytes, tokens: bytes, *, exact_only: bool) -> Candidate | None:
+        """The longest snapshot after ``parent`` whose tokens all stand at the front of ``tokens`` (packed)."""
+        with self._lock:
+            fitting = [
+                key for digest, key in self._children.get(parent, {}).get(tokens[:TOKEN_BYTES], {}).items()
+                if key.is_snapshot and tokens.startswith(key.tokens) and _usable(self, digest, exact_only=exact_only)
+            ]  # fmt: skip
+            best = max(fitting, key=lambda key: key.length, default=None)
+            return None if best is None else Candidate(best, best.length)
+
     def covers(self, key: BlockKey, *, exact_only: bool) -> bool:
-        """Whether this block, or a longer one that begins with it, is held."""
+        """Whether this block, or a longer one that begins with it, is held; of snapshots, exactly this one."""
+        if key.is_snapshot:
+            return _usable(self, key.digest, exact_only=exact_only)
         found = self.best_child(key.parent, key.tokens, exact_only=exact_only)
         return found is not None and found.tokens == key.length
 
@@ -117,6 +132,21 @@ class PrefixIndex:
     def may_displace(self, key: BlockKey) -> bool:
         """Whether others may be evicted for ``key``: not for a block whose parent is not held, which is no prefix."""
         return key.start == 0 or key.parent in self._entries
+
+    def snapshot_bytes(self, namespace: bytes | None = None) -> int:
+        """Bytes of all snapshots, or of one namespace's (its digest)."""
+        return self._snapshots.total() if namespace is None else self._snapshots[namespace]
+
+    def snapshot_victims(self, namespace: bytes, needed_bytes: int, policy: EvictionPolicy) -> Iterator[Entry]:
+        """Snapshots of ``namespace`` in the policy's order until ``needed_bytes`` would be free; removes none."""
+        with self._lock:
+            held = [e for e in self._entries.values() if e.key.is_snapshot and e.key.namespace == namespace]
+        for entry in sorted(held, key=policy):
+            if needed_bytes <= 0:
+                return
+            if entry.is_evictable:
+                needed_bytes -= entry.size_bytes
+                yield entry
 
     def victims(self, needed_bytes: int, policy: EvictionPolicy) -> Iterator[Entry]:
         """Evictable leaves in the policy's order until ``needed_bytes`` would be free. Does not remove them.
@@ -141,8 +171,13 @@ class PrefixIndex:
                     heapq.heappush(heap, (policy(parent), next(order), parent))
 
     def _outgrown_by(self, key: BlockKey) -> list[BlockKey]:
+        if key.is_snapshot:
+            return []
         siblings = self._children[key.parent].get(key.tokens[:TOKEN_BYTES], {}).values()
-        shorter = [other for other in siblings if other.length < key.length and key.tokens.startswith(other.tokens)]
+        shorter = [
+            other for other in siblings
+            if not other.is_snapshot and other.length < key.length and key.tokens.startswith(other.tokens)
+        ]  # fmt: skip
         return [other for other in shorter if self._entries[other.digest].is_evictable]
 
     def _forget(self, digest: bytes) -> Entry | None:
@@ -150,6 +185,8 @@ class PrefixIndex:
         if entry is None:
             return None
         self.size_bytes -= entry.size_bytes
+        if entry.key.is_snapshot:
+            self._snapshots[entry.key.namespace] -= entry.size_bytes
         runs = self._children[entry.key.parent]
         run = runs[entry.key.tokens[:TOKEN_BYTES]]
         del run[digest]
@@ -185,6 +222,28 @@ def longest_prefix(indexes: Iterable[PrefixIndex], chain: PrefixChain, *, exact_
         if partial:
             found.append(max(partial, key=lambda candidate: candidate.tokens))
     return found
+
+
+def cut_to_snapshot(
+    indexes: Iterable[PrefixIndex], chain: PrefixChain, found: list[Candidate], limit: int, *, exact_only: bool = False
+) -> list[Candidate]:
+    """The part of ``found`` (a prefix of ``chain``) up to its longest snapshot within ``limit`` tokens, and that one.
+
+    Empty if there is none: blocks without a snapshot after them are of no use to layers that need one.
+    """
+    held = list(indexes)
+    covered = min(limit, found[-1].key.start + found[-1].tokens if found else 0)
+    for number in range(-(-covered // chain.block_tokens) - 1, -1, -1):
+        start = number * chain.block_tokens
+        run = chain.run(start, min(covered, start + chain.block_tokens))
+        parent = chain.parent_of(number)
+        fitting = [c for index in held if (c := index.best_snapshot(parent, run, exact_only=exact_only))]
+        if fitting:
+            best = max(fitting, key=lambda candidate: candidate.tokens)
+            kept = [c for c in found if c.key.start < best.key.end]
+            last = Candidate(kept[-1].key, best.key.end - kept[-1].key.start)
+            return [*kept[:-1], last, best]
+    return []
 
 
 def _usable(index: PrefixIndex, digest: bytes, *, exact_only: bool) -> bool:

@@ -6,6 +6,10 @@ namespace; its key chains over all tokens before it, so equal keys mean equal pr
     key = SHA-256("ghostcacher/block/1\0" | parent key | token count as uint32 LE | token ids as int32 LE)
 
 The parent of the first block is the namespace digest. All 256 bits are kept.
+
+A *snapshot* is state that is valid after exactly one prefix and has no token axis (recurrent, convolutional,
+compressed layers). Its key is that of a block of the same tokens, in a domain of its own
+("ghostcacher/snapshot/1\0"): it stands beside the blocks and is looked up, stored and evicted on its own.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Self
 from ghostcacher.errors import ConfigurationError
 
 BLOCK_DOMAIN = b"ghostcacher/block/1\0"
+SNAPSHOT_DOMAIN = b"ghostcacher/snapshot/1\0"
 NAMESPACE_DOMAIN = b"ghostcacher/namespace/1\0"
 TOKEN_BYTES = 4
 _TOKEN_ID_LIMIT = 2**31
@@ -54,13 +59,17 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """Identity of one block: ``tokens`` (int32 LE) at position ``start`` after ``parent``, in ``namespace``."""
+    """Identity of one block: ``tokens`` (int32 LE) at position ``start`` after ``parent``, in ``namespace``.
+
+    With ``is_snapshot``, of the state after these tokens that has no token axis.
+    """
 
     digest: bytes
     parent: bytes = field(repr=False)
     namespace: bytes = field(repr=False)
     start: int
     tokens: bytes = field(repr=False)
+    is_snapshot: bool = False
 
     @property
     def length(self) -> int:
@@ -79,12 +88,13 @@ class BlockKey:
 
     def is_genuine(self) -> bool:
         """Whether ``digest`` really is the key of these tokens after this parent."""
-        return chain_digest(self.parent, self.tokens) == self.digest
+        return chain_digest(self.parent, self.tokens, is_snapshot=self.is_snapshot) == self.digest
 
 
-def chain_digest(parent: bytes, tokens: bytes) -> bytes:
+def chain_digest(parent: bytes, tokens: bytes, *, is_snapshot: bool = False) -> bytes:
     """The 32-byte key of ``tokens`` (int32 LE) after ``parent``; see the module's formula."""
-    return hashlib.sha256(BLOCK_DOMAIN + parent + struct.pack("<I", len(tokens) // TOKEN_BYTES) + tokens).digest()
+    domain = SNAPSHOT_DOMAIN if is_snapshot else BLOCK_DOMAIN
+    return hashlib.sha256(domain + parent + struct.pack("<I", len(tokens) // TOKEN_BYTES) + tokens).digest()
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
@@ -173,6 +183,10 @@ class PrefixChain:
         index = (end - 1) // self.block_tokens
         return self.block(index) if end == (index + 1) * self.block_tokens else self._key(index, end)
 
+    def snapshot(self, end: int) -> BlockKey:
+        """Key of the snapshot after exactly the first ``end`` tokens."""
+        return self._key((end - 1) // self.block_tokens, end, is_snapshot=True)
+
     def covering(self, start: int, end: int) -> Iterator[BlockKey]:
         """Keys of the blocks that hold tokens ``start`` to ``end``; the last may be a tail block."""
         for index in range(start // self.block_tokens, -(-end // self.block_tokens)):
@@ -187,8 +201,9 @@ class PrefixChain:
         tokens = self.tokens + pack_tokens(token_ids)
         return PrefixChain(self.namespace, tokens, self.block_tokens, tuple(self._keys))
 
-    def _key(self, index: int, end: int) -> BlockKey:
+    def _key(self, index: int, end: int, *, is_snapshot: bool = False) -> BlockKey:
         parent = self.parent_of(index)
         start = index * self.block_tokens
         tokens = self.run(start, end)
-        return BlockKey(chain_digest(parent, tokens), parent, self.namespace.digest, start, tokens)
+        digest = chain_digest(parent, tokens, is_snapshot=is_snapshot)
+        return BlockKey(digest, parent, self.namespace.digest, start, tokens, is_snapshot)

@@ -78,8 +78,10 @@ class BlockHeader:
         return struct.pack("<Q", len(text)) + text
 
     def _document(self) -> dict[str, Any]:
+        kind = {"kind": "snapshot"} if self.key.is_snapshot else {}
         return {
             "format": FORMAT_VERSION,
+            **kind,
             "namespace": self.key.namespace.hex(),
             "key": self.key.digest.hex(),
             "parent": self.key.parent.hex(),
@@ -108,7 +110,7 @@ class BlockHeader:
             _check_version(document["format"])
             key = BlockKey(
                 _digest(document["key"]), _digest(document["parent"]), _digest(document["namespace"]),
-                int(document["start"]), pack_tokens(document["tokens"]),
+                int(document["start"]), pack_tokens(document["tokens"]), document.get("kind") == "snapshot",
             )  # fmt: skip
             fields = tuple(TensorField(n, f["dtype"], tuple(map(int, f["shape"]))) for n, f in header.items())
             parsed = cls(key, str(document["layout"]), dict(document["codec"]), bool(document["lossy"]),

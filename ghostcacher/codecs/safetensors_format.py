@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
+from ghostcacher.blocks import DTYPES, KVBlock, KVLayout, sizing_tokens
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, TensorCodec
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
@@ -45,18 +45,18 @@ class CodecChain:
         if not block.has_expected_shape():
             raise BlockError("geometry", "the block's tensors do not have the shapes of its layout")
         tensors: dict[str, torch.Tensor] = {}
-        for group, tensor in zip(block.layout.groups, block.tensors, strict=True):
+        for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
             tensors.update(self.codec.encode(group, tensor))
         header = BlockHeader(
             block.key, block.layout.digest, record_of(self.codec), block.lossy or self.codec.lossy, model,
-            blob_fields(self.codec, block.layout, block.key.length),
+            blob_fields(self.codec, block.layout, block.key),
         )  # fmt: skip
         parts = [_bytes_of(tensors[field.name]) for field in header.fields]
         return [sealed(header.render(), parts), *parts]
 
     def blob_bytes(self, layout: KVLayout, key: BlockKey, *, model: str = "") -> int:
         """Exact size of the blob that `encode` would give."""
-        fields = blob_fields(self.codec, layout, key.length)
+        fields = blob_fields(self.codec, layout, key)
         header = BlockHeader(key, layout.digest, record_of(self.codec), self.codec.lossy, model, fields)
         return len(header.render()) + header.data_bytes
 
@@ -78,7 +78,7 @@ def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bo
         codec = codec_from(claimed.codec)
     except ConfigurationError as error:
         raise BlockError("codec", str(error)) from error
-    fields = blob_fields(codec, layout, key.length)
+    fields = blob_fields(codec, layout, key)
     expected = claimed.expecting(key, layout.digest, fields)
     end = header_bytes(blob)
     if expected.render() != blanked(memoryview(blob)[:end]) or len(blob) != end + expected.data_bytes:
@@ -87,9 +87,10 @@ def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bo
     return _assembled(blob, end, codec, key, layout, claimed, fields)
 
 
-def blob_fields(codec: TensorCodec, layout: KVLayout, tokens: int) -> tuple[TensorField, ...]:
+def blob_fields(codec: TensorCodec, layout: KVLayout, key: BlockKey) -> tuple[TensorField, ...]:
     """Every tensor of a blob in storing order: widest dtype first, so that each begins aligned."""
-    fields = [field for group in layout.groups for field in codec.fields(group, tokens)]
+    tokens = sizing_tokens(key)
+    fields = [field for group in layout.groups_of(key) for field in codec.fields(group, tokens)]
     return tuple(sorted(fields, key=lambda field: (-ITEM_BYTES[field.dtype], field.name)))
 
 
@@ -101,10 +102,11 @@ def _assembled(
     parts: dict[str, torch.Tensor] = {}
     for field in fields:
         count = field.size_bytes // ITEM_BYTES[field.dtype]
-        flat = torch.frombuffer(data, dtype=_TORCH_DTYPES[field.dtype], count=count, offset=offset)
+        dtype = _TORCH_DTYPES[field.dtype]
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
         parts[field.name] = flat.view(field.shape)
         offset += field.size_bytes
-    tensors = tuple(codec.decode(group, key.length, parts) for group in layout.groups)
+    tensors = tuple(codec.decode(group, sizing_tokens(key), parts) for group in layout.groups_of(key))
     return KVBlock(key, layout, tensors, lossy=header.lossy)
 
 

@@ -15,6 +15,9 @@ from ghostcacher.stores.base import Blob
 Place = Callable[[KVBlock], None]
 """Takes one verified block, on any thread; blocks of one fetch never overlap."""
 
+SNAPSHOT_SHARE = 0.25
+"""How much of a tier's budget the snapshots of one namespace may take, unless said otherwise."""
+
 _Item = TypeVar("_Item")
 
 
@@ -47,6 +50,8 @@ class TierStats:
     errors: int
     codec: str
     lossy: bool
+    snapshots: int = 0
+    snapshot_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For printing as JSON."""
@@ -75,8 +80,11 @@ class Tier(Protocol):
     index: PrefixIndex
     is_local: bool
 
-    def refresh(self, chain: PrefixChain) -> None:
-        """Bring the index up to date with what others may have stored of ``chain``. Never raises."""
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
+        """Bring the index up to date with what others may have stored of ``chain``. Never raises.
+
+        ``snapshots``: whether state without a token axis is of interest too.
+        """
         ...
 
     def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
@@ -116,3 +124,8 @@ class Tier(Protocol):
     def stats(self) -> TierStats:
         """Counts and sizes."""
         ...
+
+
+def snapshot_counts(index: PrefixIndex) -> tuple[int, int]:
+    """How many snapshots ``index`` holds, and their bytes."""
+    return sum(entry.key.is_snapshot for entry in index.entries()), index.snapshot_bytes()

@@ -25,8 +25,8 @@ Reject = Callable[[str, str], None]
 class Catalog(Protocol):
     """Keeps a tier's index in step with its store."""
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex) -> None:
-        """Add to ``index`` what the store holds of ``chain``.
+    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
+        """Add to ``index`` what the store holds of ``chain``, with its snapshots if they are of interest.
 
         Raises:
             StoreError: the store did not answer.
@@ -51,7 +51,7 @@ class ListingCatalog:
         self._seen: dict[str, int] = {}
         self._known: dict[str, set[str]] = {}
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex) -> None:
+    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:  # noqa: ARG002 (a listing shows them anyway)
         """See `Catalog.refresh`."""
         self._refresh(self._store.buckets(chain.namespace.hex), index)
 
@@ -115,9 +115,12 @@ class ProbingCatalog:
         self._store = store
         self._timeout_seconds = timeout_seconds
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex) -> None:
+    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
         """See `Catalog.refresh`."""
-        candidates = {key.store_key: key for key in _candidates(chain) if key.digest not in index}
+        ends = list(_candidates(chain))
+        if snapshots:
+            ends += [chain.snapshot(key.end) for key in ends]
+        candidates = {key.store_key: key for key in ends if key.digest not in index}
         present = self._store.contains_many(list(candidates), timeout_seconds=self._timeout_seconds)
         for name in present:
             index.add(candidates[name], 0)

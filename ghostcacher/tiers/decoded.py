@@ -9,10 +9,10 @@ import torch
 
 from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.events import CacheEvent, Observer
-from ghostcacher.eviction import EvictionPolicy
+from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.tiers.base import Offer, Place, TierStats
+from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, snapshot_counts
 from ghostcacher.tiers.counts import Counts
 
 
@@ -26,10 +26,11 @@ class DecodedTier:
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
-        device: str | None = "cpu",
+        device: str | None = "cpu", snapshot_share: float = SNAPSHOT_SHARE,
     ) -> None:  # fmt: skip
         self.name = name
         self.budget_bytes = budget_bytes
+        self.snapshot_limit_bytes = int(budget_bytes * snapshot_share)
         self.index = PrefixIndex()
         self._policy = policy
         self._observe = observe
@@ -38,7 +39,7 @@ class DecodedTier:
         self._lock = threading.Lock()
         self._counts = Counts()
 
-    def refresh(self, chain: PrefixChain) -> None:
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
         """Nothing to do: only this process stores here."""
 
     def get(self, key: BlockKey) -> KVBlock | None:
@@ -71,6 +72,7 @@ class DecodedTier:
             )
             return False
         with self._lock:
+            self._limit_snapshots(block)
             if self.index.may_displace(block.key):
                 with self.index.pinned([block.key.parent]):
                     self._make_room(block.size_bytes)
@@ -103,7 +105,7 @@ class DecodedTier:
         counts, lossy = self._counts, any(entry.lossy for entry in self.index.entries())
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes,
-            counts["hits"], counts["stored"], counts["evicted"], 0, 0, "decoded", lossy,
+            counts["hits"], counts["stored"], counts["evicted"], 0, 0, "decoded", lossy, *snapshot_counts(self.index),
         )  # fmt: skip
 
     def _moved(self, block: KVBlock) -> KVBlock:
@@ -113,10 +115,19 @@ class DecodedTier:
 
     def _make_room(self, size_bytes: int) -> None:
         needed_bytes = self.index.size_bytes + size_bytes - self.budget_bytes
-        for entry in list(self.index.victims(needed_bytes, self._policy)):
+        self._evict(self.index.victims(needed_bytes, self._policy), "budget")
+
+    def _evict(self, victims: Iterable[Entry], reason: str) -> None:
+        for entry in list(victims):
             self._forget([entry.key])
             self._counts.add("evicted")
-            self._observe(CacheEvent("evicted", "budget", self.name, entry.key.length, entry.size_bytes))
+            self._observe(CacheEvent("evicted", reason, self.name, entry.key.length, entry.size_bytes))
+
+    def _limit_snapshots(self, block: KVBlock) -> None:
+        if block.key.is_snapshot:
+            held_bytes = self.index.snapshot_bytes(block.key.namespace)
+            needed_bytes = held_bytes + block.size_bytes - self.snapshot_limit_bytes
+            self._evict(self.index.snapshot_victims(block.key.namespace, needed_bytes, self._policy), "snapshots")
 
     def _forget(self, keys: Iterable[BlockKey]) -> None:
         for key in keys:

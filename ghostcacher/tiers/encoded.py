@@ -12,11 +12,19 @@ from ghostcacher.codecs.header import HEADER_LIMIT_BYTES
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.events import CacheEvent, Observer
-from ghostcacher.eviction import EvictionPolicy
+from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
 from ghostcacher.stores.base import Buffer, Store
-from ghostcacher.tiers.base import Offer, Place, Spread, TierStats, one_by_one
+from ghostcacher.tiers.base import (
+    SNAPSHOT_SHARE,
+    Offer,
+    Place,
+    Spread,
+    TierStats,
+    one_by_one,
+    snapshot_counts,
+)
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
 
@@ -31,11 +39,12 @@ class EncodedTier:
         self, name: str, store: Store, chain: CodecChain, policy: EvictionPolicy, observe: Observer, *,
         is_local: bool, timeout_seconds: float, budget_bytes: int | None = None, strict: bool = False,
         sweep_lock: AbstractContextManager[object] | None = None, spread: Spread = one_by_one,
-        touch_store: Callable[[Sequence[str]], None] | None = None,
+        touch_store: Callable[[Sequence[str]], None] | None = None, snapshot_share: float = SNAPSHOT_SHARE,
     ) -> None:  # fmt: skip
         self.name = name
         self.is_local = is_local
         self.budget_bytes = budget_bytes
+        self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * snapshot_share)
         self.chain = chain
         self.index = PrefixIndex()
         self.catalog: Catalog | None = None
@@ -49,16 +58,16 @@ class EncodedTier:
         self._touch_store = touch_store
         self._counts = Counts()
 
-    def refresh(self, chain: PrefixChain) -> None:
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
         """See `Tier.refresh`."""
         with self._errors_counted("look up"):
             if self.catalog:
-                self.catalog.refresh(chain, self.index)
+                self.catalog.refresh(chain, self.index, snapshots=snapshots)
 
     def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
         """See `Tier.fetch`. A local store is read block by block on several threads, a remote one in one batch."""
         placed: set[bytes] = set()
-        limit_bytes = max((key.length for key in keys), default=0) * layout.token_bytes() + HEADER_LIMIT_BYTES
+        limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
 
         def read(batch: Sequence[BlockKey]) -> None:
             for key, blob in self._read(batch, limit_bytes):
@@ -84,6 +93,7 @@ class EncodedTier:
             return False
         size_bytes = sum(len(part) for part in blob)
         is_written = False
+        self._limit_snapshots(key, size_bytes)
         with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
             if has_room:
                 self._store.put_many({key.store_key: blob}, timeout_seconds=self._timeout_seconds)
@@ -156,6 +166,11 @@ class EncodedTier:
         place(block)
         return True
 
+    def _limit_snapshots(self, key: BlockKey, size_bytes: int) -> None:
+        if key.is_snapshot and self.snapshot_limit_bytes is not None:
+            needed_bytes = self.index.snapshot_bytes(key.namespace) + size_bytes - self.snapshot_limit_bytes
+            self._evict(list(self.index.snapshot_victims(key.namespace, needed_bytes, self._policy)), "snapshots")
+
     @contextlib.contextmanager
     def _room_for(self, key: BlockKey, size_bytes: int) -> Iterator[bool]:
         if self.budget_bytes is None:
@@ -179,14 +194,14 @@ class EncodedTier:
             return
         slack_bytes = int(budget_bytes * SWEEP_SHARE)
         needed_bytes = self.index.size_bytes + size_bytes + slack_bytes - budget_bytes
-        victims = list(self.index.victims(needed_bytes, self._policy))
-        self.remove([entry.key for entry in victims])
-        self._counts.add("evicted", len(victims))
-        self._observe(
-            CacheEvent(
-                "evicted", "budget", self.name, sum(e.key.length for e in victims), sum(e.size_bytes for e in victims)
-            )
-        )
+        self._evict(list(self.index.victims(needed_bytes, self._policy)), "budget")
+
+    def _evict(self, victims: Sequence[Entry], reason: str) -> None:
+        if victims:
+            self.remove([entry.key for entry in victims])
+            self._counts.add("evicted", len(victims))
+            tokens, size_bytes = sum(e.key.length for e in victims), sum(e.size_bytes for e in victims)
+            self._observe(CacheEvent("evicted", reason, self.name, tokens, size_bytes))
 
     @contextlib.contextmanager
     def _errors_counted(self, what: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.config import StoreConfig
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
-from ghostcacher.index import Candidate, longest_prefix
+from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
 from ghostcacher.tiers.counts import Counts
@@ -106,19 +106,34 @@ class TierStack:
     ) -> None:
         self.close()
 
-    def match(self, chain: PrefixChain) -> tuple[Candidate, ...]:
+    def match(
+        self, chain: PrefixChain, *, limit_tokens: int | None = None, snapshots: bool = False
+    ) -> tuple[Candidate, ...]:
         """Blocks that cover the longest known prefix of ``chain``, down to the token. A hint: reads verify.
 
-        Waits at most 0.5 s for the writer if it is about to store state of the same beginning.
+        With ``snapshots`` the prefix ends where a snapshot of it is held, at ``limit_tokens`` at most; that snapshot
+        comes last. Waits at most 0.5 s for the writer if it is about to store state of the same beginning.
         """
         self._await_pending(chain)
         for tier in self.tiers:
             if tier.is_local:
-                tier.refresh(chain)
-        found = longest_prefix((tier.index for tier in self.tiers), chain, exact_only=self._exact_only)
-        if _covered(found) < chain.reusable_tokens and self._ask_remotes(chain):
-            found = longest_prefix((tier.index for tier in self.tiers), chain, exact_only=self._exact_only)
+                tier.refresh(chain, snapshots=snapshots)
+        limit = chain.reusable_tokens if limit_tokens is None else min(limit_tokens, chain.reusable_tokens)
+        found = self._longest(chain, limit, snapshots=snapshots)
+        if _covered(found) < limit and self._ask_remotes(chain, snapshots=snapshots):
+            found = self._longest(chain, limit, snapshots=snapshots)
         return tuple(found)
+
+    def known_tokens(self, chain: PrefixChain) -> int:
+        """Leading tokens of ``chain`` that the indexes of the tiers know, whatever can be made of them."""
+        return _covered(longest_prefix((tier.index for tier in self.tiers), chain, exact_only=self._exact_only))
+
+    def _longest(self, chain: PrefixChain, limit: int, *, snapshots: bool) -> list[Candidate]:
+        indexes = [tier.index for tier in self.tiers]
+        found = longest_prefix(indexes, chain, exact_only=self._exact_only)
+        if snapshots:
+            return cut_to_snapshot(indexes, chain, found, limit, exact_only=self._exact_only)
+        return found
 
     def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place) -> Fetched:
         """Hand the verified blocks of ``keys`` to ``place``, on any thread, in any order, each tier in one call.
@@ -204,10 +219,10 @@ class TierStack:
         for observer in self.observers:
             observer(event)
 
-    def _ask_remotes(self, chain: PrefixChain) -> bool:
+    def _ask_remotes(self, chain: PrefixChain, *, snapshots: bool) -> bool:
         remotes = [tier for tier in self.tiers if not tier.is_local]
         for tier in remotes:
-            tier.refresh(chain)
+            tier.refresh(chain, snapshots=snapshots)
         return bool(remotes)
 
     def _store(self, capture: Capture, model: str) -> None:
