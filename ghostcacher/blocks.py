@@ -96,6 +96,11 @@ class TensorGroup:
     spec: TensorSpec
     layers: tuple[int, ...]
 
+    @property
+    def token_axis(self) -> int:
+        """Index of the token axis in ``spec.shape``; ValueError for a group of a snapshot, which has none."""
+        return self.spec.shape.index(TOKENS)
+
     def shape(self, tokens: int) -> tuple[int, ...]:
         """``[layers, *spec.shape]`` with the token axis filled in."""
         return (len(self.layers), *self.spec.sized(tokens))

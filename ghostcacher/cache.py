@@ -13,7 +13,8 @@ from typing import Any, Self
 from transformers import Cache, DynamicCache
 
 from ghostcacher.adapters.base import FingerprintMode, base_module
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.state import CacheState
+from ghostcacher.blocks import KVLayout
 from ghostcacher.events import CacheReport
 from ghostcacher.hooks import ModelHooks, hooks_of
 from ghostcacher.session import Session, finish
@@ -31,7 +32,10 @@ class GhostCache(DynamicCache):
     what the cache still holds of it is kept. Making the first one for a model runs one token through it.
     """
 
-    def __init__(self, model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled") -> None:
+    def __init__(
+        self, model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled",
+        boundaries: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """Make a cache for ``model``, over ``store`` or the process-wide default store.
 
         Args:
@@ -39,6 +43,9 @@ class GhostCache(DynamicCache):
             store: from `open_store`.
             fingerprint: ``"always"`` digests all weights at every prompt, instead of when a sample or a hook says
                 that they changed.
+            boundaries: lengths in tokens, such as that of a system prompt, after which other prompts will go on
+                differently. Only models with recurrent or compressed state need to be told: theirs is kept at the
+                last whole block, where this prompt left what the store knows, and here.
 
         Raises:
             UnsupportedModelError: ``model`` cannot take any DynamicCache (encoder-decoders, minimax, xlstm, …).
@@ -48,6 +55,7 @@ class GhostCache(DynamicCache):
         super().__init__(config=module.config)
         self.store = store if store is not None else default_store()
         self.fingerprint: FingerprintMode = fingerprint
+        self.boundaries = tuple(boundaries)
         self.in_forward = 0
         self.was_asked = False
         self._module = weakref.ref(module)
@@ -106,11 +114,10 @@ class GhostCache(DynamicCache):
             self.layers[:] = DynamicCache(config=module.config).layers
         self._forget_rows()
 
-    def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
+    def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:
         """See `Door.session_of`."""
-        shape = self._hooks.adapter.shape
-        if self._session is None and layers is not None and shape is not None:
-            self._session = _begun(cache, layers, Session(self.store, shape.layout, self._hooks.adapter.model_type))
+        if self._session is None and state is not None:
+            self._session = _begun(cache, _session(self.store, self._hooks, state))
         return self._session
 
     def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:  # noqa: ARG002 (the latest is all it keeps)
@@ -120,15 +127,16 @@ class GhostCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GhostCache:
         module = self._module()
-        twin = GhostCache(module, self.store, fingerprint=self.fingerprint)
+        twin = GhostCache(module, self.store, fingerprint=self.fingerprint, boundaries=self.boundaries)
         twin.layers = copy.deepcopy(self.layers, memo)
         twin._report = self._report
-        session, layers = self._session, twin.layers
-        if session is not None and all(isinstance(layer, GrowingLayer) for layer in layers):
-            fresh = Session(self.store, session.layout, session.model_type, lossy_from=session.lossy_from)
+        session, shape = self._session, self._hooks.adapter.shape
+        if session is not None and shape is not None:
+            fresh = _session(self.store, self._hooks, shape.state_of(twin.layers))
             fresh.know(session.read())
-            fresh.stored_columns = session.stored_columns
-            twin._session = _begun(twin, layers, fresh)
+            fresh.stored_columns, fresh.lossy_from = session.stored_columns, session.lossy_from
+            fresh.storable_columns = session.storable_columns
+            twin._session = _begun(twin, fresh)
         return twin
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -148,9 +156,12 @@ class GhostCache(DynamicCache):
 class Attachment:
     """What ``attach`` gives: while it is entered, every ``generate()`` of the model is cached."""
 
-    def __init__(self, hooks: ModelHooks, store: TierStack, fingerprint: FingerprintMode) -> None:
+    def __init__(
+        self, hooks: ModelHooks, store: TierStack, fingerprint: FingerprintMode, boundaries: Sequence[int] = ()
+    ) -> None:
         self.store = store
         self.fingerprint: FingerprintMode = fingerprint
+        self.boundaries = tuple(boundaries)
         self._hooks = hooks
         self._sessions: weakref.WeakKeyDictionary[Cache, Session] = weakref.WeakKeyDictionary()
         self._reports: deque[CacheReport] = deque(maxlen=REPORTS_KEPT)
@@ -172,16 +183,13 @@ class Attachment:
     ) -> None:
         self._hooks.doors.remove(self)
 
-    def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
+    def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:
         """See `Door.session_of`."""
-        adapter = self._hooks.adapter
         with self._lock:
             found = self._sessions.get(cache)
-            if found is not None or layers is None or adapter.shape is None:
+            if found is not None or state is None or not state.is_empty:
                 return found
-            if any(layer.get_seq_length() for layer in layers):
-                return None
-            made = _begun(cache, layers, Session(self.store, adapter.shape.layout, adapter.model_type))
+            made = _begun(cache, _session(self.store, self._hooks, state, is_own=False))
             self._sessions[cache] = made
             return made
 
@@ -194,17 +202,26 @@ class Attachment:
         self.store.note(report)
 
 
-def attach(model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled") -> Attachment:
+def attach(
+    model: Any, store: TierStack | None = None, *, fingerprint: FingerprintMode = "sampled",
+    boundaries: Sequence[int] = (),
+) -> Attachment:  # fmt: skip
     """Cache every ``generate()`` of ``model`` inside a ``with`` block, whoever calls it.
 
     For pipelines, evaluation harnesses, agents, servers: code that makes its own cache. Attachments nest; the
     innermost serves. Arguments and errors are those of `GhostCache`.
     """
     hooks = hooks_of(base_module(model))
-    return Attachment(hooks, store if store is not None else default_store(), fingerprint)
+    return Attachment(hooks, store if store is not None else default_store(), fingerprint, boundaries)
 
 
-def _begun(cache: Cache, layers: Sequence[GrowingLayer], session: Session) -> Session:
-    goodbye = weakref.finalize(cache, finish, session, layers)
+def _session(store: TierStack, hooks: ModelHooks, state: CacheState, *, is_own: bool = True) -> Session:
+    adapter = hooks.adapter
+    layout = adapter.shape.layout if adapter.shape else KVLayout(())
+    return Session(store, layout, state, adapter.model_type, is_own=is_own)
+
+
+def _begun(cache: Cache, session: Session) -> Session:
+    goodbye = weakref.finalize(cache, finish, session)
     goodbye.atexit = False
     return session

@@ -16,7 +16,7 @@ from torch import nn
 
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
-from ghostcacher.path import Door, OwnDoor, Path, growing, settle
+from ghostcacher.path import Door, OwnDoor, Path, settle
 
 _installed: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _installing = threading.Lock()
@@ -55,7 +55,7 @@ class ModelHooks:
         """Serve, note or leave alone one call; the changed arguments, or None."""
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
-        if call is None or door is None:
+        if call is None or door is None or _is_piece(door, call):
             return None
         own: OwnDoor | None = call.cache if _is_own(call) else None
         if own is not None:
@@ -68,17 +68,16 @@ class ModelHooks:
         """Learn what the forward left in the cache, and hand it to the store."""
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
-        if call is None or door is None:
+        if call is None or door is None or _is_piece(door, call):
             return
         if _is_own(call):
             call.cache.in_forward -= 1
             call.cache.was_asked = False
-        layers = growing(call.cache)
-        session = door.session_of(call.cache, layers)
+        session = door.session_of(call.cache, None)
         if session is not None and output is None:
             session.forget()
-        if session is not None and layers is not None and session.expected is not None:
-            settle(session, layers, ended_well=output is not None)
+        if session is not None and session.expected is not None:
+            settle(session, ended_well=output is not None)
 
     def _door(self, call: Call) -> Door | None:
         if _is_own(call):
@@ -109,3 +108,9 @@ class _Hook:
 
 def _is_own(call: Call) -> bool:
     return hasattr(call.cache, "in_forward")
+
+
+def _is_piece(door: Door, call: Call) -> bool:
+    """Whether the path itself runs this forward, as a part of a prompt."""
+    session = door.session_of(call.cache, None)
+    return session is not None and session.is_running_pieces

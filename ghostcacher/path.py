@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from transformers import Cache
 
 from ghostcacher.adapters import table
-from ghostcacher.adapters.base import FingerprintMode, ModelAdapter, UnservedError
+from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
 from ghostcacher.adapters.calls import Call, continues, has_plain_positions, padding, why_not
-from ghostcacher.adapters.full import Row
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.capture import Row
+from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
 from ghostcacher.events import CacheReport
 from ghostcacher.keys import Namespace, PrefixChain
@@ -21,15 +23,19 @@ from ghostcacher.serving import Served, fill
 from ghostcacher.session import Expected, Session
 from ghostcacher.tiers.stack import TierStack
 
+STEP_COST_TOKENS = 8
+SNAPSHOT_STEP_TOKENS = 16
+
 
 class Door(Protocol):
     """A way in: one `GhostCache`, or everything inside an ``attach``."""
 
     store: TierStack
     fingerprint: FingerprintMode
+    boundaries: Sequence[int]
 
-    def session_of(self, cache: Cache, layers: Sequence[GrowingLayer] | None) -> Session | None:
-        """The session of ``cache``, made now if it is empty and may be served."""
+    def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:
+        """The session of ``cache``, made now if it is empty and ``state`` is given: it may be served."""
         ...
 
     def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:
@@ -61,22 +67,23 @@ class Path:
 
     def walk(self) -> int:
         """Serve the call, or let it run cold, or note its tokens; how many of its columns need no computing."""
-        past = _past(self.call.cache)
+        session = self.door.session_of(self.call.cache, None)
+        past = session.past if session is not None else _past(self.call.cache)
         if past and self._goes_on(past):
-            return self._continue(past)
+            return self._continue(session, past)
         if past and self.own is None:
             return 0
-        if self.own is not None and past and growing(self.call.cache) is None:
+        if self.own is not None and past and (session is None or session.rows is None):
             self.own.empty()
             past = 0
         reason = self._why_cold()
-        layers = None if reason else self.adapter.growing_layers(self.call.cache)
-        if reason is None and layers is None:
+        state = None if reason else self.adapter.state_of(self.call.cache)
+        if reason is None and state is None:
             reason = f"cache of kind {type(self.call.cache).__name__}"
-        session = self.door.session_of(self.call.cache, layers)
-        if reason is not None or layers is None or session is None:
+        session = self.door.session_of(self.call.cache, state)
+        if reason is not None or session is None:
             return self._run_cold(session, reason or "cache in use elsewhere", past)
-        return self._begin(session, layers, past)
+        return self._begin(session, past)
 
     def _goes_on(self, past: int) -> bool:
         """Whether this call is the next step of what the cache holds, rather than a new prompt.
@@ -103,60 +110,73 @@ class Path:
         )
         return 0
 
-    def _begin(self, session: Session, layers: Sequence[GrowingLayer], past: int) -> int:
+    def _begin(self, session: Session, past: int) -> int:
         pads = padding(self.call, 0)
-        if pads is None or not has_plain_positions(self.call, pads, 0):
-            return self._run_cold(
-                session, "mask with holes or right padding" if pads is None else "custom position_ids", past
-            )
-        if any(pads) and self.adapter.model_type in table.NOT_IN_PADDED_BATCHES:
-            return self._run_cold(session, "padded rows of this model type depend on their padding", past)
+        reason = "mask with holes or right padding" if pads is None else self._why_unserved(pads)
+        if pads is None or reason:
+            return self._run_cold(session, reason or "", past)
         try:
             rows = self._rows(pads)
-            have = min(session.shared_columns(rows), past, self.call.width - self.call.kept_logits)
-            _cut_all(layers, have)
-            served = self._fill(session, layers, rows, have=have, base=0)
+            have = self._keep(session, rows, past)
+            served = self._fill(session, rows, have=have, base=0)
+            is_lossy = served.lossy or (have > 0 and session.lossy_from is not None)
+            session.forget()
+            session.storable_columns = self.adapter.storable_columns(_longest(rows), min(pads))
+            self._expect(session, rows, is_lossy=is_lossy)
+            columns = self._run_pieces(session, rows, served.columns, base=0)
         except UnservedError as error:
             return self._run_cold(session, str(error), past)
         except Exception as error:
-            _cut_all(layers, 0)
+            session.state.empty()
             if session.store.config.strict:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
-        is_lossy = served.lossy or (have > 0 and session.lossy_from is not None)
-        session.forget()
-        self._expect(session, rows, is_lossy=is_lossy)
         self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
-        return served.columns
+        return columns
 
-    def _continue(self, past: int) -> int:
-        layers = growing(self.call.cache)
-        session = self.door.session_of(self.call.cache, layers)
-        if session is None or layers is None or session.rows is None:
+    def _why_unserved(self, pads: tuple[int, ...]) -> str | None:
+        if not has_plain_positions(self.call, pads, 0):
+            return "custom position_ids"
+        if any(pads) and self.adapter.model_type in table.NOT_IN_PADDED_BATCHES:
+            return "padded rows of this model type depend on their padding"
+        if len(set(pads)) > 1 and self.adapter.has_states:
+            return "rows of unequal length, and state that is valid at one length only"
+        return None
+
+    def _keep(self, session: Session, rows: Sequence[Row], past: int) -> int:
+        """Cut what the cache holds back to what ``rows`` begin with; how many columns are left."""
+        if past and session.rows is not None and session.state.is_at(session.columns):
+            session.capture(is_last=True)
+        have = min(session.shared_columns(rows), past, self._limit(0))
+        return session.state.cut_to(have, held=past)
+
+    def _continue(self, session: Session | None, past: int) -> int:
+        if session is None or session.rows is None or session.is_running_pieces:
             return 0
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
-            session.note(self.call.input_ids, past, layers)
+            session.note(self.call.input_ids, past)
             return 0
         pads = padding(self.call, past)
         if why_not(self.call, self.module) or pads is None or past != session.columns:
             session.forget()
             return 0
-        return self._extend(session, layers, past)
+        return self._extend(session, past)
 
-    def _extend(self, session: Session, layers: Sequence[GrowingLayer], past: int) -> int:
+    def _extend(self, session: Session, past: int) -> int:
         """Several tokens at once after what the cache holds: a chunk of a prompt, or the next turn alone."""
         rows = tuple(
             Row(row.pads, row.chain.extended(ids))
             for row, ids in zip(session.read(), self.call.input_ids.tolist(), strict=True)
         )
         try:
-            served = self._fill(session, layers, rows, have=past, base=past)
+            served = self._fill(session, rows, have=past, base=past)
         except Exception:
-            _cut_all(layers, past)
+            session.state.cut_to(past, held=session.past)
             if session.store.config.strict:
                 raise
             served = Served(past, past)
         self._expect(session, rows, is_lossy=served.lossy or session.lossy_from is not None)
+        reached = self._run_pieces(session, rows, served.columns, base=past)
         if session.report is not None:
             cached = session.report.cached_tokens + served.columns - past
             update = replace(
@@ -166,10 +186,62 @@ class Path:
                 reason="hit" if cached else session.report.reason, lossy=session.report.lossy or served.lossy,
             )  # fmt: skip
             self._publish(session, update)
-        return served.columns - past
+        return reached - past
+
+    def _run_pieces(self, session: Session, rows: Sequence[Row], reached: int, *, base: int) -> int:
+        """Run the prompt up to where snapshots are wanted, and take them; how far the cache then is.
+
+        Convolutional states can be told afterwards: for them no piece is run, what is wanted is noted.
+        """
+        if not session.state.has_states:
+            return reached
+        stops = self._stops(session, rows, reached, base + self.call.width)
+        if not session.state.needs_pieces:
+            session.wanted_columns = stops
+            return reached
+        for column in stops:
+            self._run_piece(session, reached - base, column - base)
+            session.take_snapshot(column)
+            reached = column
+        if self.adapter.goes_one_at_a_time and reached:
+            last = base + self.call.width - 1
+            for column in range(reached, last):
+                self._run_piece(session, column - base, column + 1 - base)
+            return last
+        return reached
+
+    def _stops(self, session: Session, rows: Sequence[Row], reached: int, width: int) -> list[int]:
+        row = rows[0]
+        block_tokens = session.store.config.block_tokens
+        known = min(session.store.known_tokens(each.chain) for each in rows)
+        lengths = {known // SNAPSHOT_STEP_TOKENS * SNAPSHOT_STEP_TOKENS, *self.door.boundaries}
+        lengths.add((len(row.chain) - 1) // block_tokens * block_tokens)
+        limit = self._limit(width - self.call.width)
+        stops = sorted(row.pads + n for n in lengths if n > 0 and reached < row.pads + n <= limit)
+        if self.adapter.goes_one_at_a_time:
+            # Only a forward from the first token may be long; what follows it must be short enough to pay.
+            return [] if reached else [stop for stop in stops if self._pays(stop, width)][-1:]
+        return stops
+
+    def _pays(self, reached: int, width: int) -> bool:
+        """Whether ``width`` - ``reached`` single steps cost less than computing everything at once."""
+        return (width - reached) * STEP_COST_TOKENS <= width
+
+    def _run_piece(self, session: Session, first: int, last: int) -> None:
+        session.is_running_pieces = True
+        try:
+            with torch.no_grad():
+                self.module(**{**self.call.piece(first, last), **self.adapter.reader.last_logits})
+        finally:
+            session.is_running_pieces = False
+
+    def _limit(self, base: int) -> int:
+        """Columns that may come from elsewhere: enough must be left for the logits that are wanted."""
+        return base + self.call.width - max(self.call.kept_logits, self.adapter.tokens_left)
 
     def _rows(self, pads: tuple[int, ...]) -> tuple[Row, ...]:
-        namespace = self.adapter.namespace(self.module, self.door.store.config, self.door.fingerprint)
+        longest = self.call.width - min(pads)
+        namespace = self.adapter.namespace(self.module, self.door.store.config, self.door.fingerprint, longest)
         return tuple(
             Row(pad, self._chain(ids[pad:], namespace))
             for pad, ids in zip(pads, self.call.input_ids.tolist(), strict=True)
@@ -178,14 +250,15 @@ class Path:
     def _chain(self, ids: list[int], namespace: Namespace) -> PrefixChain:
         return PrefixChain.of(ids, namespace, self.door.store.config.block_tokens)
 
-    def _fill(
-        self, session: Session, layers: Sequence[GrowingLayer], rows: Sequence[Row], *, have: int, base: int
-    ) -> Served:
-        width = base + self.call.width
-        shape = self.adapter.shape
+    def _fill(self, session: Session, rows: Sequence[Row], *, have: int, base: int) -> Served:
+        width, shape = base + self.call.width, self.adapter.shape
         if shape is None:
             return Served(have, have)
-        return fill(session.store, shape, layers, rows, have=have, limit=width - self.call.kept_logits, width=width)
+        served = fill(session.store, shape, session.state, rows, have=have, limit=self._limit(base), width=width)
+        if base == 0 and self.adapter.goes_one_at_a_time and not self._pays(served.columns, width):
+            session.state.empty()
+            return Served(0, 0)
+        return served
 
     def _expect(self, session: Session, rows: tuple[Row, ...], *, is_lossy: bool) -> None:
         session.expected = Expected(rows, rows[0].columns)
@@ -209,33 +282,20 @@ class Path:
         return time.perf_counter() - self.started
 
 
-def settle(session: Session, layers: Sequence[GrowingLayer], *, ended_well: bool) -> None:
+def settle(session: Session, *, ended_well: bool) -> None:
     """Learn what a forward left in the cache, and hand it to the store."""
     expected, session.expected = session.expected, None
     if expected is None:
         return
-    if not ended_well or any(layer.get_seq_length() != expected.columns for layer in layers):
+    if not ended_well or not session.state.is_at(expected.columns):
         session.forget()
         return
     session.know(expected.rows)
-    session.capture(layers)
-
-
-def growing(cache: Cache) -> Sequence[GrowingLayer] | None:
-    """The layers of ``cache`` if they all grow in place, else None."""
-    layers: Sequence[GrowingLayer] = cache.layers
-    return layers if layers and all(isinstance(layer, GrowingLayer) for layer in layers) else None
-
-
-def _cut_all(layers: Sequence[GrowingLayer], columns: int) -> None:
-    for layer in layers:
-        layer.cut_to(columns)
+    session.capture()
 
 
 def _past(cache: Cache) -> int:
-    """Columns that the cache holds, whatever it says of itself; 1 for state that has no columns."""
-    if layers := growing(cache):
-        return min(int(layer.get_seq_length()) for layer in layers)
+    """Columns that a cache holds of which we know nothing; 1 for state that has no columns."""
     for layer in cache.layers:
         if hasattr(layer, "get_seq_length"):
             return int(layer.get_seq_length())
@@ -244,7 +304,7 @@ def _past(cache: Cache) -> int:
 
 def _flags(layer: Any) -> list[bool]:
     held = layer.has_previous_state
-    return [bool(flag) for flag in held] if isinstance(held, list | tuple) else [bool(held)]
+    return [bool(flag) for flag in (held.values() if isinstance(held, dict) else held)]
 
 
 def _tokens(call: Call) -> int:

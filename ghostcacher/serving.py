@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ghostcacher.adapters.full import Landing, Row
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.capture import Row
+from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape
+from ghostcacher.adapters.state import CacheState
 from ghostcacher.index import Candidate
 from ghostcacher.keys import BlockKey
 from ghostcacher.tiers.stack import Fetched, TierStack
@@ -42,22 +43,24 @@ class _Plan:
     def missing(self, have: int, target: int) -> list[Candidate]:
         """Candidates that hold any of the columns from ``have`` to ``target``."""
         first, last = have - self.row.pads, target - self.row.pads
-        return [c for c in self.candidates if c.key.start < last and c.key.start + c.tokens > first]
+        held = [c for c in self.candidates if not c.key.is_snapshot]
+        snapshots = [c for c in self.candidates if c.key.is_snapshot]
+        return [c for c in held if c.key.start < last and c.key.start + c.tokens > first] + snapshots
 
 
 def fill(
-    store: TierStack, shape: Shape, layers: Sequence[GrowingLayer], rows: Sequence[Row], *,
-    have: int, limit: int, width: int,
-) -> Served:  # fmt: skip
-    """Make the layers hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
+    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int
+) -> Served:
+    """Make the cache hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
 
-    A batch reaches as far as its coldest row. The layers change in one step per attempt, once everything of it is
-    verified; after an exception the caller cuts them back. ``width`` is how many columns will be needed.
+    A batch reaches as far as its coldest row; where layers need snapshots, as far as a length at which every row has
+    one. The layers change in one step per attempt, once everything of it is verified; after an exception the caller
+    cuts them back. ``width`` is how many columns will be needed.
     """
-    served = _attempt(store, shape, layers, rows, have=have, limit=limit, width=width)
+    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width)
     if served.columns < served.promised:
         # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
-        again = _attempt(store, shape, layers, rows, have=served.columns, limit=limit, width=width)
+        again = _attempt(store, shape, state, rows, have=served.columns, limit=limit, width=width)
         if again.columns > served.columns:
             tier = "+".join(dict.fromkeys(filter(None, [*served.tier.split("+"), *again.tier.split("+")])))
             size_bytes, lossy = served.size_bytes + again.size_bytes, served.lossy or again.lossy
@@ -66,14 +69,13 @@ def fill(
 
 
 def _attempt(
-    store: TierStack, shape: Shape, layers: Sequence[GrowingLayer], rows: Sequence[Row], *,
-    have: int, limit: int, width: int,
-) -> Served:  # fmt: skip
-    plans = _plans(store, rows)
+    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int
+) -> Served:
+    plans = _agreed(store, rows, limit) if state.has_states else _plans(store, rows)
     target = min([limit, *(plan.reach(plan.candidates) for plan in plans)])
     if target <= have:
         return Served(have, have)
-    landing = Landing(layers, shape.layout, shape.devices, len(rows), have, width)
+    landing = Landing(state, shape, len(rows), have, width)
     wanted: dict[bytes, BlockKey] = {}
     for plan in plans:
         missing = plan.missing(have, target)
@@ -81,7 +83,7 @@ def _attempt(
         wanted.update({c.key.digest: c.key for c in missing})
     fetched = store.fetch(list(wanted.values()), shape.layout, landing.place)
     reached = min(target, *(_reached(plan, fetched, have, target) for plan in plans))
-    if reached <= have:
+    if reached <= have or (state.has_states and reached < target):
         return Served(have, target)
     for number, row in enumerate(rows):
         landing.pad(number, min(row.pads, reached))
@@ -89,15 +91,31 @@ def _attempt(
     store.touch(list(wanted.values()))
     names = set(fetched.sources.values())
     tier = "+".join(tier.name for tier in store.tiers if tier.name in names)
-    size_bytes = (reached - have) * shape.layout.token_bytes()
+    size_bytes = (reached - have) * shape.layout.token_bytes() + shape.layout.snapshot_bytes(reached)
     return Served(reached, target, tier, size_bytes, bool(fetched.lossy))
 
 
-def _plans(store: TierStack, rows: Sequence[Row]) -> list[_Plan]:
+def _plans(store: TierStack, rows: Sequence[Row], limit: int | None = None) -> list[_Plan]:
     alike: dict[tuple[int, bytes], list[int]] = {}
     for number, row in enumerate(rows):
         alike.setdefault((row.pads, row.chain.tokens), []).append(number)
-    return [_Plan(rows[n[0]], tuple(n), store.match(rows[n[0]].chain)) for n in alike.values()]
+    return [_Plan(rows[n[0]], tuple(n), _match(store, rows[n[0]], limit)) for n in alike.values()]
+
+
+def _match(store: TierStack, row: Row, limit: int | None) -> tuple[Candidate, ...]:
+    if limit is None:
+        return store.match(row.chain)
+    return store.match(row.chain, limit_tokens=limit - row.pads, snapshots=True)
+
+
+def _agreed(store: TierStack, rows: Sequence[Row], limit: int) -> list[_Plan]:
+    """Plans that all reach the same column, as state without a token axis needs; the highest such column."""
+    while True:
+        plans = _plans(store, rows, limit)
+        reaches = {plan.reach(plan.candidates) for plan in plans}
+        if len(reaches) == 1:
+            return plans
+        limit = min(reaches)
 
 
 def _reached(plan: _Plan, fetched: Fetched, have: int, target: int) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ghostcacher.adapters.full import FullCapture, Row
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.state import CacheState, Snapshot
 from ghostcacher.blocks import KVLayout
 from ghostcacher.events import CacheReport
 from ghostcacher.keys import PrefixChain, common_tokens
@@ -30,31 +30,47 @@ class Session:
     """One cache object in one store. ``rows`` is None while what the columns hold is not known.
 
     ``rows`` are the tokens read so far; ``noted`` are the ids of later columns, ``[rows, tokens]`` each, still on
-    their device. ``stored_columns`` is how far state was handed to the store.
+    their device. ``stored_columns`` is how far state was handed to the store, ``snapshots`` are copies by column that
+    wait for it and ``wanted_columns`` where more are wanted, ``storable_columns`` is how far state may be stored at all (None: everywhere).
     """
 
     store: TierStack
     layout: KVLayout
+    state: CacheState
     model_type: str
+    is_own: bool = True
     report: CacheReport | None = None
     rows: tuple[Row, ...] | None = None
     noted: list[torch.Tensor] = field(default_factory=list)
     noted_columns: int = 0
     stored_columns: int = 0
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    wanted_columns: Sequence[int] = ()
+    storable_columns: int | None = None
     lossy_from: int | None = None
     expected: Expected | None = None
+    is_running_pieces: bool = False
 
     @property
     def columns(self) -> int:
         """Columns whose tokens are known."""
         return (self.rows[0].columns if self.rows else 0) + self.noted_columns
 
+    @property
+    def past(self) -> int:
+        """Columns that the layers hold, by their own count or, if none counts, by what was noted."""
+        counted = self.state.columns()
+        if counted is not None:
+            return counted
+        return 0 if self.state.is_empty else max(1, self.columns)
+
     def forget(self) -> None:
         """The columns may hold anything from now on."""
         self.rows = None
         self.noted = []
         self.noted_columns = self.stored_columns = 0
-        self.lossy_from = None
+        self.snapshots = {}
+        self.lossy_from = self.storable_columns = None
 
     def know(self, rows: Sequence[Row]) -> None:
         """The columns hold exactly these rows."""
@@ -62,19 +78,20 @@ class Session:
         self.noted = []
         self.noted_columns = 0
 
-    def note(self, ids: torch.Tensor, past: int, layers: Sequence[GrowingLayer]) -> None:
+    def note(self, ids: torch.Tensor, past: int) -> None:
         """``ids`` ``[rows, tokens]`` go into the columns after ``past``. Does not wait for the device.
 
         Columns that something cut off the cache since (rejected candidates) are forgotten here too. What stands
         before ``past`` has been built upon, so every 16 columns of it are handed to the store.
         """
-        if self.rows is None or ids.shape[0] != len(self.rows) or past > self.columns:
+        if self.rows is None or ids.shape[0] != len(self.rows) or past > self.columns or self._may_be_reordered():
             self.forget()
             return
+        self.state.forget_inputs()
         if past < self.columns:
             self.cut_to(past)
         if past - self.stored_columns >= CAPTURE_STEP_TOKENS:
-            self.capture(layers)
+            self.capture()
         self.noted.append(ids.detach())
         self.noted_columns += ids.shape[1]
 
@@ -91,6 +108,7 @@ class Session:
         """Know only the first ``columns`` columns."""
         rows = self.read()
         self.stored_columns = min(self.stored_columns, columns)
+        self.snapshots = {column: taken for column, taken in self.snapshots.items() if column <= columns}
         self.know([Row(min(row.pads, columns), _cut(row.chain, columns - row.pads)) for row in rows])
 
     def shared_columns(self, rows: Sequence[Row]) -> int:
@@ -100,31 +118,72 @@ class Session:
             return 0
         return min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
 
-    def capture(self, layers: Sequence[GrowingLayer]) -> None:
-        """Hand everything known and not yet stored to the store. Returns at once."""
-        if self.rows is None or self.columns <= self.stored_columns:
+    def take_snapshot(self, column: int) -> None:
+        """The layers stand at ``column`` now: copy their state without a token axis, to be stored later."""
+        taken = self.state.snapshot()
+        if taken is not None:
+            self.snapshots[column] = taken
+
+    def capture(self, *, is_last: bool = False) -> None:
+        """Hand everything known and not yet stored to the store. Returns at once.
+
+        ``is_last``: nothing more is to come, so that the state without a token axis is worth storing as it is.
+        """
+        end = self.columns if self.storable_columns is None else min(self.columns, self.storable_columns)
+        if self.rows is None or (end <= self.stored_columns and not (is_last and self.state.has_states)):
             return
+        if self.state.has_states:
+            self._add_snapshots(end, is_last=is_last)
         is_batch = len(self.rows) > 1
         seen: set[bytes] = set()
         for number, row in enumerate(self.rows):
             if not self.noted and row.chain.tokens in seen:
                 continue
             seen.add(row.chain.tokens)
-            self.store.submit(self._of_row(layers, number, row, trims_repeats=is_batch), model=self.model_type)
-        self.stored_columns = self.columns
+            self.store.submit(self._of_row(number, row, end, trims_repeats=is_batch), model=self.model_type)
+        self.stored_columns = end
+        self.snapshots = {}
+        self.state.let_go(min(row.pads + self._whole(end - row.pads) for row in self.rows))
 
-    def _of_row(self, layers: Sequence[GrowingLayer], number: int, row: Row, *, trims_repeats: bool) -> FullCapture:
-        return FullCapture.of(
-            layers, self.layout, number, row.pads, row.chain, tuple(ids[number] for ids in self.noted),
-            self.columns - row.pads, first_token=max(0, self.stored_columns - row.pads), lossy_from=self.lossy_from,
+    def _add_snapshots(self, end: int, *, is_last: bool) -> None:
+        if is_last and end == self.columns:
+            self.take_snapshot(end)
+        if self.rows and not self.state.needs_pieces:
+            ends = {column for row in self.rows for column in self._whole_ends(row, end)}
+            for column in ends.union(column for column in self.wanted_columns if column <= end) - self.snapshots.keys():
+                taken = self.state.snapshot(self.columns - column)
+                if taken is not None:
+                    self.snapshots[column] = taken
+            self.wanted_columns = ()
+
+    def _whole_ends(self, row: Row, end: int) -> range:
+        """Columns where whole blocks of ``row`` end that have not been stored."""
+        size = self.store.config.block_tokens
+        first = max(0, self.stored_columns - row.pads) // size * size + size
+        return range(row.pads + first, end + 1, size)
+
+    def _whole(self, tokens: int) -> int:
+        size = self.store.config.block_tokens
+        return max(0, tokens) // size * size
+
+    def _may_be_reordered(self) -> bool:
+        """Whether rows may have changed places unseen: beams do, under ``attach``, and they begin as equal rows."""
+        if self.is_own or self.rows is None or len(self.rows) == 1:
+            return False
+        return len({(row.pads, row.chain.tokens) for row in self.rows}) < len(self.rows)
+
+    def _of_row(self, number: int, row: Row, end: int, *, trims_repeats: bool) -> RowCapture:
+        return RowCapture.of(
+            self.state, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
+            first_token=max(0, self.stored_columns - row.pads), snapshots=self.snapshots, lossy_from=self.lossy_from,
             trims_repeats=trims_repeats,
         )  # fmt: skip
 
 
-def finish(session: Session, layers: Sequence[GrowingLayer]) -> None:
+def finish(session: Session) -> None:
     """Store what a cache object held when it went away."""
-    if session.rows is not None and all(layer.get_seq_length() == session.columns for layer in layers):
-        session.capture(layers)
+    if session.rows is not None and session.state.is_at(session.columns):
+        session.capture(is_last=True)
 
 
 def _shared(old: Row, new: Row) -> int:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ghostcacher.adapters import table
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.certify import certify
 from ghostcacher.adapters.fingerprint import WeightsFingerprint
-from ghostcacher.adapters.full import is_full
-from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, rope_types, text_config
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, text_config
+from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
+from ghostcacher.adapters.rope import RopeRule, rope_rule
+from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import walk
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
@@ -35,12 +36,15 @@ class ModelAdapter:
         self.reader = CallReader(module)
         self.refusal: str | None = _why_refused(module)
         self.shape: Shape | None = None
+        self.rope: RopeRule | None = rope_rule(text_config(module))
+        self.goes_one_at_a_time = self.model_type in table.ONE_AT_A_TIME
+        self.tokens_left = table.TOKENS_LEFT.get(self.model_type, 1)
         self._weights = WeightsFingerprint()
         self._is_prepared = False
         self._known_weights = ""
         self._known_config: dict[str, Any] = {}
         self._known_fields: dict[str, Any] = {}
-        self._known_namespaces: dict[tuple[int, str | None], Namespace] = {}
+        self._known_namespaces: dict[tuple[int, str | None, str], Namespace] = {}
         module.register_load_state_dict_post_hook(_Expiring(self._weights))
 
     def prepare(self, module: Any) -> None:
@@ -54,16 +58,19 @@ class ModelAdapter:
         try:
             self.shape = shape_of(module)
             if self.model_type not in table.PROVEN:
-                self.refusal = certify(module, self.shape)
+                self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
             self._weights.current(module, walk(module).tensors)
+        except UnsupportedModelError as error:
+            self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
-    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode) -> Namespace:
-        """Identity of everything that changes KV state, as the model stands now.
+    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Namespace:
+        """Identity of everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
 
         Raises:
-            UnservedError: hooks on the model's layers, or peft adapters: what they do to its state cannot be known.
+            UnservedError: hooks on the model's layers, or peft adapters: what they do to its state cannot be known;
+                or a prompt so long that its state depends on others.
             ValueError: the weights cannot be read, or the model was not prepared.
         """
         if self.shape is None:
@@ -79,33 +86,45 @@ class ModelAdapter:
             self._known_weights, self._known_config = weights, copy.deepcopy(config_now)
             self._known_fields = identity_fields(module, weights, self.shape.layout.digest)
             self._known_namespaces = {}
-        tenant = (config.block_tokens, config.salt)
+        regime = self.rope.regime(tokens) if self.rope else ""
+        tenant = (config.block_tokens, config.salt, regime)
         if tenant not in self._known_namespaces:
-            fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt}
+            fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt, "rope": regime}
             self._known_namespaces[tenant] = Namespace.of(fields)
         return self._known_namespaces[tenant]
 
-    def growing_layers(self, cache: DynamicCache) -> Sequence[GrowingLayer] | None:
-        """The cache's layers, made to grow in place if they are empty; None if they are of another kind."""
+    @property
+    def has_states(self) -> bool:
+        """Whether any layer has state that is valid at one length only."""
+        return self.shape is not None and bool(self.shape.layout.snapshot_groups)
+
+    def storable_columns(self, tokens: int, pads: int) -> int | None:
+        """Up to which column the state of a prompt of ``tokens`` tokens may be stored; None: everywhere."""
+        limit = self.rope.storable_tokens(tokens) if self.rope else None
+        return None if limit is None else pads + limit
+
+    def state_of(self, cache: Cache) -> CacheState | None:
+        """The state over the cache's layers, made ours if they are empty; None if they are of another kind."""
+        shape, layers = self.shape, cache.layers
+        if shape is None or getattr(cache, "offloading", False):
+            return None
+        state = shape.state_of(layers)
+        blank = shape.blank()
+        if [type(layer) for layer in layers] == [type(layer) for layer in blank]:
+            return state
+        if not self._is_stock(cache, layers):
+            return None
+        layers[:] = blank
+        return state
+
+    def _is_stock(self, cache: Cache, layers: list[Any]) -> bool:
+        """Whether the layers are the empty ones that transformers itself would begin with for this model."""
+        if not layers:
+            return getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
         if self.shape is None:
-            return None
-        layers = cache.layers
-        if not layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-            layers.extend(GrowingLayer() for _ in self.shape.layout.layers)
-        is_known = len(layers) == len(self.shape.layout.layers) and all(is_full(layer) for layer in layers)
-        if not is_known or getattr(cache, "offloading", False):
-            return None
-        for number, layer in enumerate(layers):
-            if not isinstance(layer, GrowingLayer):
-                if layer.is_initialized:
-                    return None
-                layers[number] = GrowingLayer()
-        found: Sequence[GrowingLayer] = layers
-        return found
-
-
-class UnservedError(Exception):
-    """A prompt must run cold; the message is the reason."""
+            return False
+        stock = [type(layer) for layer in DynamicCache(config=self.shape.config).layers]
+        return [type(layer) for layer in layers] == stock and all(kind_of(layer).is_empty(layer) for layer in layers)
 
 
 class _Expiring:
@@ -164,7 +183,9 @@ def _why_refused(module: Any) -> str | None:
         return "tensor parallel: each rank holds other heads"
     if getattr(decoder, "use_bidirectional_attention", None):
         return "attention looks both ways"
-    if ropes := rope_types(decoder) & table.LENGTH_DEPENDENT_ROPE:
-        return f"rope type {min(ropes)!r} depends on the prompt's total length"
-    others = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers if not is_full(layer)})
-    return f"layers of kind {', '.join(others)}" if others else None
+    try:
+        for layer in DynamicCache(config=config).layers:
+            kind_of(layer)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None

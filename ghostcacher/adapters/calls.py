@@ -25,12 +25,16 @@ _MASK_2D = 2
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of one forward, by name. ``cache_name`` is the name under which the caller gave the cache."""
+    """The arguments of one forward, by name. ``cache_name`` is the name under which the caller gave the cache.
+
+    ``unsaid_logits`` is how many last logits the caller wants if ``logits_to_keep`` does not say.
+    """
 
     arguments: Mapping[str, Any]
     cache_name: str
     cache: Cache
     input_ids: torch.Tensor
+    unsaid_logits: int = 0
 
     @property
     def is_tokens(self) -> bool:
@@ -51,14 +55,27 @@ class Call:
     def kept_logits(self) -> int:
         """How many last positions the caller wants logits of; 0 means all."""
         keep = self.arguments.get("logits_to_keep")
+        if keep is None:
+            return self.unsaid_logits
         return keep if isinstance(keep, int) else 0
 
     def without_first(self, columns: int) -> dict[str, Any]:
         """The arguments with the first ``columns`` columns cut off. A 2D mask stays whole."""
+        return self._cut(slice(columns, None))
+
+    def piece(self, first: int, last: int) -> dict[str, Any]:
+        """The arguments of a forward over columns ``first`` to ``last`` alone; a 2D mask covers all up to there."""
+        kept = self._cut(slice(first, last))
+        mask = kept.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D:
+            kept["attention_mask"] = mask[:, : mask.shape[1] - self.width + last]
+        return kept
+
+    def _cut(self, columns: slice) -> dict[str, Any]:
         kept = dict(self.arguments)
         for name in _CUT_ON_LAST_AXIS:
             if isinstance(kept.get(name), torch.Tensor):
-                kept[name] = kept[name][..., columns:]
+                kept[name] = kept[name][..., columns]
         return kept
 
 
@@ -71,6 +88,8 @@ class CallReader:
     def __init__(self, module: Any) -> None:
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.takes_positions = "position_ids" in self._names
+        self._takes_logits = "logits_to_keep" in self._names
+        self.last_logits: Mapping[str, int] = {"logits_to_keep": 1} if self._takes_logits else {}
         self.cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE_NAMES[0])
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -81,8 +100,16 @@ class CallReader:
             if isinstance(cache, Cache) and hasattr(cache, "layers"):
                 ids = arguments.get("input_ids")
                 tokens = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")
-                return Call(arguments, name, cache, tokens) if isinstance(tokens, torch.Tensor) else None
+                unsaid = self._unsaid_logits(arguments)
+                return Call(arguments, name, cache, tokens, unsaid) if isinstance(tokens, torch.Tensor) else None
         return None
+
+    def _unsaid_logits(self, arguments: Mapping[str, Any]) -> int:
+        """Logits that a caller wants who does not say: all, or the last if the model has no name for it.
+
+        ``generate`` is told from a loop of the user's own by ``return_dict=True``, which it always gives.
+        """
+        return int(not self._takes_logits and arguments.get("return_dict") is True)
 
 
 def why_not(call: Call, module: Any) -> str | None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ghostcacher.adapters.full import FullCapture, Landing
-from ghostcacher.adapters.layers import GrowingLayer
+from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape, run
 from ghostcacher.index import Candidate
 from ghostcacher.keys import Namespace, PrefixChain
@@ -17,43 +17,54 @@ PROBE_TOKENS = 48
 CUT_TOKENS = 24
 _BLOCK_TOKENS = 16
 _SEED = 20
-_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3}
+_TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
+_HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 
-def certify(module: Any, shape: Shape) -> str | None:
+def certify(module: Any, shape: Shape, *, one_at_a_time: bool = False) -> str | None:
     """Why prompts must run cold, or None if restored state gave what computing it gave.
 
-    Runs 48 random tokens whole, in two pieces, and with the first 24 restored from a *different, longer* run. The
-    logits must agree within 1e-3 of the largest (0.1 in half precision). Changes neither model nor random state.
+    Runs 48 random tokens whole, and with the first 24 restored from a *different* run (a longer one, where the kind
+    of state allows). The logits must agree within 1e-3 of the largest (0.1 in half precision). With
+    ``one_at_a_time`` the other 24 go in singly. Changes neither model nor random state.
     """
     vocabulary = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
     other = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
     other[:, :CUT_TOKENS] = ids[:, :CUT_TOKENS]
-    whole = run(module, ids, _cache(module))
-    restored = run(module, ids[:, CUT_TOKENS:], _restored(module, shape, other), CUT_TOKENS)
+    whole = run(module, ids, _cache(module, shape))
+    cache = _restored(module, shape, other)
+    step = 1 if one_at_a_time else PROBE_TOKENS - CUT_TOKENS
+    for start in range(CUT_TOKENS, PROBE_TOKENS, step):
+        restored = run(module, ids[:, start : start + step], cache, start)
     difference = float((whole - restored).abs().max())
-    allowed = _TOLERANCES.get(module.dtype, _HALF_TOLERANCE) * max(1.0, float(whole.abs().max()))
+    tolerance = _HALF_TOLERANCE if module.dtype in _HALF_DTYPES else _TOLERANCE
+    allowed = tolerance * max(1.0, float(whole.abs().max()))
     if difference <= allowed:
         return None
     return f"a probe gave other logits with restored state (difference {difference:.2g}, allowed {allowed:.2g})"
 
 
-def _cache(module: Any) -> DynamicCache:
+def _cache(module: Any, shape: Shape) -> DynamicCache:
     cache = DynamicCache(config=module.config)
-    cache.layers[:] = [GrowingLayer() for _ in cache.layers]
+    cache.layers[:] = shape.blank()
     return cache
 
 
 def _restored(module: Any, shape: Shape, donor_ids: torch.Tensor) -> DynamicCache:
-    donor, cache = _cache(module), _cache(module)
-    run(module, donor_ids, donor)
+    donor, cache = _cache(module, shape), _cache(module, shape)
+    state = shape.state_of(donor.layers)
+    run(module, donor_ids[:, :CUT_TOKENS], donor)
+    snapshot = state.snapshot() if state.has_states else None
+    if not state.needs_pieces:
+        run(module, donor_ids[:, CUT_TOKENS:], donor, CUT_TOKENS)
     chain = PrefixChain.of(donor_ids[0, :CUT_TOKENS].tolist(), Namespace(bytes(32)), _BLOCK_TOKENS)
-    capture = FullCapture.of(donor.layers, shape.layout, 0, 0, chain, (), CUT_TOKENS)
+    taken = {CUT_TOKENS: snapshot} if snapshot is not None else {}
+    capture = RowCapture.of(state, shape.layout, 0, Row(0, chain), (), CUT_TOKENS, snapshots=taken)
     keys = capture.keys()
-    landing = Landing(cache.layers, shape.layout, shape.devices, 1, 0, PROBE_TOKENS)
+    landing = Landing(shape.state_of(cache.layers), shape, 1, 0, PROBE_TOKENS)
     landing.expect([Candidate(key, key.length) for key in keys], (0,), 0)
     for key in keys:
         landing.place(capture.block(key))

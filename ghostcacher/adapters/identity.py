@@ -35,13 +35,6 @@ def identity_fields(module: Any, weights: str, layout: str) -> dict[str, Any]:
     }
 
 
-def rope_types(config: Any) -> frozenset[str]:
-    """Every rope type that the config names, per layer type or for all."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return frozenset(str(found.get("rope_type", "default")) for found in [parameters, *nested])
-
-
 def _quantization(config: Any) -> Any:
     found = getattr(config, "quantization_config", None)
     if found is None:

@@ -11,35 +11,58 @@ import torch
 from transformers import DynamicCache
 
 from ghostcacher.adapters.calls import CallReader
-from ghostcacher.adapters.full import layer_spec
+from ghostcacher.adapters.kinds import kind_of, settled
+from ghostcacher.adapters.parts import Kind
+from ghostcacher.adapters.state import CacheState
 from ghostcacher.blocks import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a probe of one token showed of a model's cache: its layout and the device of each layer."""
+    """What a probe showed of a model's cache: its layout, and the kind and device of each layer."""
 
     layout: KVLayout
+    kinds: tuple[Kind, ...]
     devices: tuple[torch.device, ...]
+    config: Any
+    extra: tuple[Any, ...] = ()
+
+    def blank(self) -> list[Any]:
+        """Empty layers of these kinds. ``extra`` ones are those that the model's forward appends."""
+        stock = [*DynamicCache(config=self.config).layers, *self.extra]
+        return [kind.make(layer) for kind, layer in zip(self.kinds, stock, strict=True)]
+
+    def state_of(self, layers: list[Any]) -> CacheState:
+        """The state over a cache's list of ``layers``, which must be `blank` ones, filled or not."""
+        return CacheState(layers, self.kinds, self.blank)
 
 
 def shape_of(module: Any) -> Shape:
-    """Run one token through a fresh cache and look at what it holds. Changes neither model nor random state.
+    """Run a token through a fresh cache and look at what it holds. Changes neither model nor random state.
+
+    Compressed layers need as many tokens as make their first entry.
 
     Raises:
-        ValueError: a layer's state is not that of full attention.
+        UnsupportedModelError: a layer's class is not known.
+        ValueError: a layer's state is not that of its class.
     """
     cache = DynamicCache(config=module.config)
-    run(module, torch.zeros((1, 1), dtype=torch.long), cache)
-    specs = [layer_spec(layer) for layer in cache.layers]
-    return Shape(KVLayout(tuple(specs)), tuple(layer.keys.device for layer in cache.layers))
+    stock = len(cache.layers)
+    cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
+    tokens = 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0)
+    run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
+    rank = getattr(module.config.get_text_config(decoder=True), "kv_lora_rank", None)
+    kinds = [settled(layer, rank) for layer in cache.layers]
+    pairs = list(zip(kinds, cache.layers, strict=True))
+    layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs))
+    return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:]))
 
 
 def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0) -> torch.Tensor:
     """One forward of ``ids`` ``[1, tokens]`` at position ``start``, on ``cache``; the last logits in fp32."""
     reader = CallReader(module)
     ids = ids.to(input_device(module))
-    arguments = {"input_ids": ids, reader.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+    arguments = {"input_ids": ids, reader.cache_name: cache, "use_cache": True, **reader.last_logits}
     if reader.takes_positions:
         arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     with torch.no_grad(), _evaluating(module):
@@ -51,6 +74,12 @@ def input_device(module: Any) -> torch.device:
     """Where token ids belong: the embedding's device, or the CPU for weights that are offloaded."""
     weight: torch.Tensor = module.get_input_embeddings().weight
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+def _device(kind: Kind, layer: Any) -> torch.device:
+    slices = kind.slices.tensors(layer) if kind.slices else {}
+    states = (kind.states.ago(layer, 0) or {}) if kind.states else {}
+    return next((tensor.device for tensor in [*slices.values(), *states.values()]), torch.device("cpu"))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,18 @@
-"""Model types: proven, refused, and what is known of them. Measured on transformers 5.17 and 5.24."""
+"""Model types: proven, refused, and what is known of them. Measured on transformers 5.17 and 5.24.
+
+Which kinds of state a model has is read off its layers, never off this table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-PROVEN = frozenset({"bloom", "gpt2", "llama", "opt", "qwen3_moe"})
-"""Exact in tests/parity of this version. Other full-attention types are certified by a probe at first use."""
+PROVEN = frozenset({
+    "bloom", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dory", "falcon_h1", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "gpt2", "gpt_oss", "inkling_text", "lfm2", "llama", "llama4_text", "mamba2",
+    "mimo_v2_flash", "minimax_m3_vl_text", "mistral", "nemotron_h", "opt", "phi3", "qwen3_moe", "qwen3_next",
+})  # fmt: skip
+"""Exact in tests/parity of this version. Other types are certified by a probe at first use."""
 
 NO_DYNAMIC_CACHE: Mapping[str, str] = {
     "minimax": "it takes no cache but its own",
@@ -21,13 +28,17 @@ REFUSED: Mapping[str, str] = {
     "big_bird": "positions ignore the past below transformers 5.24",
     "blt": "its patches are not a function of the prefix",
     "cpmant": "it feeds the whole prompt whatever the cache holds",
+    "gemma4_assistant": "it drafts for another model and needs that model's state",
+    "gemma4_unified_assistant": "it drafts for another model and needs that model's state",
     "git": "one remaining token is answered wrongly below transformers 5.24",
+    "inkling_text": "its cache counts the window instead of the tokens below transformers 5.24",
     "megatron-bert": "positions ignore the past below transformers 5.24",
     "moshi": "its prefill mask is not that of its cache",
     "musicgen": "it needs another modality",
     "musicgen_melody": "it needs another modality",
     "paligemma": "the prompt is attended to in both directions: a prefix is not a function of the prefix",
     "prophetnet": "it uses a cache one token at a time only",
+    "recurrent_gemma": "its recurrent state lies in the modules, not in the cache",
     "rembert": "positions ignore the past below transformers 5.24",
     "roformer": "positions ignore the past below transformers 5.24",
     "whisper": "it needs another modality",
@@ -37,6 +48,7 @@ REFUSED: Mapping[str, str] = {
 FIXED_IN: Mapping[str, tuple[int, int]] = {
     "big_bird": (5, 24),
     "git": (5, 24),
+    "inkling_text": (5, 24),
     "megatron-bert": (5, 24),
     "rembert": (5, 24),
     "roformer": (5, 24),
@@ -44,13 +56,16 @@ FIXED_IN: Mapping[str, tuple[int, int]] = {
 """First transformers version in which a refused type became right."""
 
 NOT_IN_PADDED_BATCHES = frozenset({
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
-    "roformer", "trocr",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "marian", "mbart", "mvp", "pegasus",
+    "plbart", "roformer", "trocr",
 })  # fmt: skip
-"""Types that take positions from the past length, not from the mask: a padded row differs even without a cache."""
+"""Types whose padded rows differ from unpadded ones even without a cache: positions or state count the padding."""
 
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rope types whose keys depend on the total length of the prompt."""
+ONE_AT_A_TIME = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
+"""Types whose scan takes no initial state: after a prefix, more than one token at once silently starts from zero."""
+
+TOKENS_LEFT: Mapping[str, int] = {"zamba2": 2}
+"""Tokens that must be left to compute, where one is not enough: its decode path rounds unlike its prefill path."""
 
 
 def refusal(model_type: str, version: tuple[int, int]) -> str | None:

@@ -1,0 +1,96 @@
+"""The layers of one cache, each with its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ghostcacher.adapters.parts import Kind
+
+Snapshot = Sequence[Mapping[str, torch.Tensor]]
+"""Per layer, its tensors without a token axis, as the model shapes them: all rows."""
+
+
+class CacheState:
+    """What a cache holds, layer by layer. ``layers`` is the cache's own list."""
+
+    def __init__(self, layers: list[Any], kinds: Sequence[Kind], blank: Callable[[], list[Any]]) -> None:
+        self.layers = layers
+        self.kinds = tuple(kinds)
+        self._blank = blank
+
+    @property
+    def needs_pieces(self) -> bool:
+        """Whether snapshots can only be taken where a forward ends."""
+        return any(kind.states is not None and kind.states.needs_pieces for kind in self.kinds)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any layer has state without a token axis."""
+        return any(kind.states is not None for kind in self.kinds)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer has seen a token."""
+        return all(kind.is_empty(layer) for kind, layer in self.pairs())
+
+    def pairs(self) -> list[tuple[Kind, Any]]:
+        """Every layer with its kind."""
+        return list(zip(self.kinds, self.layers, strict=False))
+
+    def columns(self) -> int | None:
+        """Columns that every layer which counts them holds; None if no layer counts."""
+        counts = [kind.slices.columns(layer) for kind, layer in self.pairs() if kind.slices]
+        return min(counts) if counts else None
+
+    def is_at(self, columns: int) -> bool:
+        """Whether the layers hold exactly ``columns`` columns, as far as they count."""
+        counts = {kind.slices.columns(layer) for kind, layer in self.pairs() if kind.slices}
+        return len(self.layers) == len(self.kinds) and counts <= {columns}
+
+    def cut_to(self, columns: int, *, held: int) -> int:
+        """Keep the first ``columns`` of ``held`` columns; if any layer cannot, drop everything. What is left."""
+        if columns == held and self.is_at(held):
+            return columns
+        if columns == 0 or self.has_states or not all(k.slices.can_cut_to(x, columns) for k, x in self.pairs() if k.slices):
+            self.empty()
+            return 0
+        for kind, layer in self.pairs():
+            if kind.slices:
+                kind.slices.cut_to(layer, columns)
+        return columns
+
+    def empty(self) -> None:
+        """Drop everything: fresh layers of the same kinds."""
+        self.layers[:] = self._blank()
+
+    def snapshot(self, ago: int = 0) -> Snapshot | None:
+        """A copy of the state without token axis as it was ``ago`` columns ago, or None if that cannot be told."""
+        found: list[Mapping[str, torch.Tensor]] = []
+        for kind, layer in self.pairs():
+            state = kind.states.ago(layer, ago) if kind.states else {}
+            if state is None:
+                return None
+            found.append({name: tensor.clone() for name, tensor in state.items()})
+        return found
+
+    def freeze(self) -> None:
+        """What is held now is about to be stored: write later columns elsewhere."""
+        for kind, layer in self.pairs():
+            if kind.slices:
+                kind.slices.freeze(layer)
+
+    def let_go(self, before: int) -> None:
+        """Columns below ``before`` are stored: forget what the model does not need."""
+        for kind, layer in self.pairs():
+            if kind.slices:
+                kind.slices.let_go(layer, before)
+        self.forget_inputs()
+
+    def forget_inputs(self) -> None:
+        """Earlier states cannot be told any more: a forward is about to change them unseen."""
+        for kind, layer in self.pairs():
+            if kind.states:
+                kind.states.let_go(layer)

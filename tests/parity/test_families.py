@@ -1,0 +1,176 @@
+"""Every kind of layer state against a cold run: logits, then tokens, in every way of generating.
+
+What is put back always comes from a *different, longer* prompt that shares only a beginning.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghostcacher import GhostCache, UnsupportedModelError, attach
+from ghostcacher.adapters.base import ModelAdapter, base_module
+from ghostcacher.testing.models import FULL_ATTENTION, RECIPES, random_prompt, tiny_model
+
+PROMPT_TOKENS = 40
+BLOCK_TOKENS = 16
+REFUSED = {"llama with dynamic rope", "minimax", "recurrent_gemma"}
+ONE_BY_ONE = {"mamba", "jamba"}
+NO_PADS = {"deepseek_v4"}
+MISSING = {"mamba2"}
+SERVED = sorted(RECIPES.keys() - REFUSED)
+HITS = {"none": 0, "inside a block": 24, "a whole block": 32, "all but one": 39}
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "return sequences": {"num_return_sequences": 2, "do_sample": True},
+}
+
+
+@pytest.fixture(params=SERVED)
+def recipe(request):
+    return request.param
+
+
+@pytest.fixture
+def model(recipe, models):
+    try:
+        found = models(recipe)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        pytest.skip(f"this transformers has no {recipe}: {error}")
+    adapter = ModelAdapter(base_module(found))
+    if adapter.refusal:
+        pytest.skip(adapter.refusal)
+    return found
+
+
+@pytest.fixture(params=HITS)
+def hit_tokens(request):
+    return HITS[request.param]
+
+
+def remember(model, store, generate, prompt, shared):
+    """Store a longer prompt that shares exactly ``shared`` tokens with ``prompt``."""
+    if not shared:
+        return
+    donor = random_prompt(PROMPT_TOKENS + 16, seed=99)
+    donor[:, :shared] = prompt[:, :shared]
+    if shared < PROMPT_TOKENS - 1:
+        donor[0, shared] = (prompt[0, shared] + 1) % 100 + 2
+    generate(model, donor, GhostCache(model, store, boundaries=[shared]), new=1, attention_mask=None)
+    store.flush()
+
+
+def with_logits(generate, model, prompt, cache, **options):
+    torch.manual_seed(7)
+    options.setdefault("attention_mask", None)
+    out = generate(model, prompt, cache, output_logits=True, return_dict_in_generate=True, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_warm_answers_as_cold(recipe, model, store, generate, hit_tokens, mode):
+    prompt = random_prompt(PROMPT_TOKENS, seed=5)
+    expected, cold = with_logits(generate, model, prompt, None, **MODES[mode])
+    remember(model, store, generate, prompt, hit_tokens)
+    cache = GhostCache(model, store)
+    tokens, logits = with_logits(generate, model, prompt, cache, **MODES[mode])
+    if recipe in ONE_BY_ONE:
+        assert cache.report.cached_tokens in {0, hit_tokens}
+    else:
+        assert cache.report.cached_tokens == hit_tokens, cache.report
+    assert (logits - cold).abs().max() < (1e-5 if recipe in FULL_ATTENTION else 1e-4)
+    assert torch.equal(tokens, expected)
+    warm = GhostCache(model, store)
+    again, _ = with_logits(generate, model, prompt, warm, **MODES[mode])
+    assert warm.report.cached_tokens > 0
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("pads", [(0, 7), (3, 3)])
+def test_padded_batches_answer_as_cold(recipe, model, store, generate, hit_tokens, pads):
+    if recipe in NO_PADS:
+        pytest.skip("its padded rows depend on the padding")
+    prompt = random_prompt(PROMPT_TOKENS, seed=5)
+    rows = [torch.cat([torch.zeros(1, n, dtype=torch.long), prompt[:, : PROMPT_TOKENS - n]], 1) for n in pads]
+    ids = torch.cat(rows)
+    mask = (ids != 0).long()
+    expected, cold = with_logits(generate, model, ids, None, attention_mask=mask)
+    remember(model, store, generate, prompt, hit_tokens)
+    cache = GhostCache(model, store)
+    tokens, logits = with_logits(generate, model, ids, cache, attention_mask=mask)
+    assert (logits - cold).abs().max() < 1e-4
+    assert torch.equal(tokens, expected)
+    if hit_tokens and hit_tokens < 39 and not (base_has_states(model) and len(set(pads)) > 1) and recipe not in ONE_BY_ONE:
+        assert cache.report.cached_tokens == hit_tokens, cache.report
+
+
+def base_has_states(model):
+    adapter = ModelAdapter(base_module(model))
+    adapter.prepare(model)
+    return adapter.has_states
+
+
+def test_attach_answers_as_cold(recipe, model, store, generate, hit_tokens):
+    prompt = random_prompt(PROMPT_TOKENS, seed=6)
+    expected, cold = with_logits(generate, model, prompt, None)
+    remember(model, store, generate, prompt, hit_tokens)
+    with attach(model, store) as attached:
+        tokens, logits = with_logits(generate, model, prompt, None)
+        beams, _ = with_logits(generate, model, prompt, None, num_beams=3, new=40)
+    assert (logits - cold).abs().max() < 1e-4
+    assert torch.equal(tokens, expected)
+    if recipe not in ONE_BY_ONE:
+        assert attached.reports[0].cached_tokens == hit_tokens, attached.reports[0]
+    assert torch.equal(beams, with_logits(generate, model, prompt, None, num_beams=3, new=40)[0])
+
+
+def test_a_chat_answers_as_cold(recipe, model, store, generate):
+    text = random_prompt(30, seed=0)
+    for turn in range(3):
+        cache = GhostCache(model, store)
+        out = generate(model, text, cache, new=20, attention_mask=None)
+        assert torch.equal(out, generate(model, text, new=20, attention_mask=None))
+        if turn and recipe not in ONE_BY_ONE:
+            assert cache.report.cached_tokens >= text.shape[1] - 10 - 17, cache.report
+        del cache
+        store.flush()
+        text = torch.cat([out, random_prompt(10, seed=turn + 10)], 1)
+
+
+def test_a_cache_used_twice_answers_as_cold(recipe, model, memory_store, generate):
+    first = random_prompt(PROMPT_TOKENS, seed=1)
+    cache = GhostCache(model, memory_store)
+    out = generate(model, first, cache, attention_mask=None)
+    for second in (torch.cat([out, random_prompt(9, seed=3)], 1), first, first[:, :13], random_prompt(70, seed=4)):
+        again = generate(model, second, cache, attention_mask=None)
+        assert torch.equal(again, generate(model, second, attention_mask=None))
+
+
+def test_chunks_answer_as_cold(recipe, model, store, generate, hit_tokens):
+    if recipe in ONE_BY_ONE or recipe == "mamba2":
+        pytest.skip("transformers itself does not prefill this type in chunks")
+    prompt = random_prompt(PROMPT_TOKENS, seed=5)
+    expected, cold = with_logits(generate, model, prompt, None)
+    remember(model, store, generate, prompt, hit_tokens)
+    tokens, logits = with_logits(generate, model, prompt, GhostCache(model, store), prefill_chunk_size=16)
+    assert (logits - cold).abs().max() < 1e-4
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("recipe", sorted(REFUSED))
+def test_refused_types_run_cold_and_right(recipe, store, generate):
+    try:
+        model = tiny_model(recipe)
+    except ValueError as error:
+        pytest.skip(str(error))
+    prompt = random_prompt(PROMPT_TOKENS, seed=5)
+    expected = generate(model, prompt)
+    try:
+        caches = [GhostCache(model, store) for _ in range(2)]
+    except UnsupportedModelError as error:
+        assert "GhostCache" in str(error)
+        return
+    for cache in caches:
+        assert torch.equal(generate(model, prompt, cache), expected)
+        assert cache.report.reason.startswith("bypass: ")
