@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from transformers import Cache
 
-from ghostcacher.adapters import table
 from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
 from ghostcacher.adapters.calls import Call, continues, has_plain_positions, padding, why_not
 from ghostcacher.adapters.capture import Row
@@ -137,7 +137,7 @@ class Path:
     def _why_unserved(self, pads: tuple[int, ...]) -> str | None:
         if not has_plain_positions(self.call, pads, 0):
             return "custom position_ids"
-        if any(pads) and self.adapter.model_type in table.NOT_IN_PADDED_BATCHES:
+        if any(pads) and not self.adapter.serves_padding:
             return "padded rows of this model type depend on their padding"
         if len(set(pads)) > 1 and self.adapter.has_states:
             return "rows of unequal length, and state that is valid at one length only"
@@ -221,7 +221,8 @@ class Path:
         if self.adapter.goes_one_at_a_time:
             # Only a forward from the first token may be long; what follows it must be short enough to pay.
             return [] if reached else [stop for stop in stops if self._pays(stop, width)][-1:]
-        return stops
+        least = self.adapter.tokens_left
+        return [stop for before, stop in pairwise([reached, *stops]) if stop - before >= least]
 
     def _pays(self, reached: int, width: int) -> bool:
         """Whether ``width`` - ``reached`` single steps cost less than computing everything at once."""

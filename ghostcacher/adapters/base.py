@@ -11,12 +11,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ghostcacher.adapters import table
 from ghostcacher.adapters.calls import CallReader
-from ghostcacher.adapters.certify import certify
+from ghostcacher.adapters.certify import certify, pads_change_rows
 from ghostcacher.adapters.fingerprint import WeightsFingerprint
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, text_config
 from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
-from ghostcacher.adapters.rope import RopeRule, rope_rule
+from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import walk
@@ -38,8 +38,10 @@ class ModelAdapter:
         self.shape: Shape | None = None
         self.rope: RopeRule | None = rope_rule(text_config(module))
         self.goes_one_at_a_time = self.model_type in table.ONE_AT_A_TIME
+        self.serves_padding = self.model_type not in table.NOT_IN_PADDED_BATCHES
         self.tokens_left = table.TOKENS_LEFT.get(self.model_type, 1)
-        self._weights = WeightsFingerprint()
+        self._is_ignored = is_frequencies if self.rope else None
+        self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
         self._known_weights = ""
         self._known_config: dict[str, Any] = {}
@@ -57,9 +59,11 @@ class ModelAdapter:
         self._is_prepared = True
         try:
             self.shape = shape_of(module)
+            self.reader.cuts_masks = not any(kind.slices for kind in self.shape.kinds)
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
-            self._weights.current(module, walk(module).tensors)
+                self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
+            self._weights.current(module, walk(module, self._is_ignored).tensors)
         except UnsupportedModelError as error:
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
@@ -75,7 +79,7 @@ class ModelAdapter:
         """
         if self.shape is None:
             raise ValueError("the model's cache layout is not known")
-        found = walk(module)
+        found = walk(module, self._is_ignored)
         if found.is_hooked:
             raise UnservedError("hooks on the model's layers")
         if found.has_adapters:

@@ -27,7 +27,8 @@ _MASK_2D = 2
 class Call:
     """The arguments of one forward, by name. ``cache_name`` is the name under which the caller gave the cache.
 
-    ``unsaid_logits`` is how many last logits the caller wants if ``logits_to_keep`` does not say.
+    ``unsaid_logits`` is how many last logits the caller wants if ``logits_to_keep`` does not say. ``cuts_mask`` is
+    whether a 2D mask is of the call's own columns, as models without attention take it, not of all columns seen.
     """
 
     arguments: Mapping[str, Any]
@@ -35,6 +36,7 @@ class Call:
     cache: Cache
     input_ids: torch.Tensor
     unsaid_logits: int = 0
+    cuts_mask: bool = False
 
     @property
     def is_tokens(self) -> bool:
@@ -60,14 +62,14 @@ class Call:
         return keep if isinstance(keep, int) else 0
 
     def without_first(self, columns: int) -> dict[str, Any]:
-        """The arguments with the first ``columns`` columns cut off. A 2D mask stays whole."""
+        """The arguments with the first ``columns`` columns cut off; a 2D mask of all columns seen stays whole."""
         return self._cut(slice(columns, None))
 
     def piece(self, first: int, last: int) -> dict[str, Any]:
         """The arguments of a forward over columns ``first`` to ``last`` alone; a 2D mask covers all up to there."""
         kept = self._cut(slice(first, last))
         mask = kept.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D:
+        if isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D and not self.cuts_mask:
             kept["attention_mask"] = mask[:, : mask.shape[1] - self.width + last]
         return kept
 
@@ -76,6 +78,9 @@ class Call:
         for name in _CUT_ON_LAST_AXIS:
             if isinstance(kept.get(name), torch.Tensor):
                 kept[name] = kept[name][..., columns]
+        mask = kept.get("attention_mask")
+        if self.cuts_mask and isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D:
+            kept["attention_mask"] = mask[:, mask.shape[1] - self.width :][:, columns]
         return kept
 
 
@@ -90,6 +95,7 @@ class CallReader:
         self.takes_positions = "position_ids" in self._names
         self._takes_logits = "logits_to_keep" in self._names
         self.last_logits: Mapping[str, int] = {"logits_to_keep": 1} if self._takes_logits else {}
+        self.cuts_masks = False
         self.cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE_NAMES[0])
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -101,7 +107,9 @@ class CallReader:
                 ids = arguments.get("input_ids")
                 tokens = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")
                 unsaid = self._unsaid_logits(arguments)
-                return Call(arguments, name, cache, tokens, unsaid) if isinstance(tokens, torch.Tensor) else None
+                if isinstance(tokens, torch.Tensor):
+                    return Call(arguments, name, cache, tokens, unsaid, self.cuts_masks)
+                return None
         return None
 
     def _unsaid_logits(self, arguments: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from ghostcacher.keys import Namespace, PrefixChain
 PROBE_TOKENS = 48
 CUT_TOKENS = 24
 _BLOCK_TOKENS = 16
+_PADS = 5
 _SEED = 20
 _TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
@@ -29,22 +30,40 @@ def certify(module: Any, shape: Shape, *, one_at_a_time: bool = False) -> str | 
     of state allows). The logits must agree within 1e-3 of the largest (0.1 in half precision). With
     ``one_at_a_time`` the other 24 go in singly. Changes neither model nor random state.
     """
-    vocabulary = module.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
-    other = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+    ids, other = _random_ids(module), _random_ids(module, seed=_SEED + 1)
     other[:, :CUT_TOKENS] = ids[:, :CUT_TOKENS]
     whole = run(module, ids, _cache(module, shape))
     cache = _restored(module, shape, other)
     step = 1 if one_at_a_time else PROBE_TOKENS - CUT_TOKENS
     for start in range(CUT_TOKENS, PROBE_TOKENS, step):
         restored = run(module, ids[:, start : start + step], cache, start)
-    difference = float((whole - restored).abs().max())
-    tolerance = _HALF_TOLERANCE if module.dtype in _HALF_DTYPES else _TOLERANCE
-    allowed = tolerance * max(1.0, float(whole.abs().max()))
+    difference, allowed = _difference(module, whole, restored)
     if difference <= allowed:
         return None
     return f"a probe gave other logits with restored state (difference {difference:.2g}, allowed {allowed:.2g})"
+
+
+def pads_change_rows(module: Any, shape: Shape) -> bool:
+    """Whether the model answers a left-padded row otherwise than the same tokens without padding."""
+    ids = _random_ids(module)
+    padded = ids.clone()
+    padded[:, :_PADS] = ids[:, _PADS : 2 * _PADS]
+    alone = run(module, ids[:, _PADS:], _cache(module, shape))
+    try:
+        difference, allowed = _difference(module, alone, run(module, padded, _cache(module, shape), pads=_PADS))
+    except Exception:  # noqa: BLE001 (a model that cannot be given padding is not served with it)
+        return True
+    return difference > allowed
+
+
+def _difference(module: Any, left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    tolerance = _HALF_TOLERANCE if module.dtype in _HALF_DTYPES else _TOLERANCE
+    return float((left - right).abs().max()), tolerance * max(1.0, float(left.abs().max()))
+
+
+def _random_ids(module: Any, seed: int = _SEED) -> torch.Tensor:
+    vocabulary = module.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
 def _cache(module: Any, shape: Shape) -> DynamicCache:

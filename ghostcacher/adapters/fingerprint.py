@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ _steps_taken = [0]
 class WeightsFingerprint:
     """The digest of one model's weights, kept up to date."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_ignored: Callable[[str], bool] | None = None) -> None:
+        """Of all tensors but the buffers whose own name ``is_ignored``."""
         _watch_optimizers()
+        self._is_ignored = is_ignored
         self._seen: tuple[object, ...] | None = None
         self._steps_seen = 0
         self._digest = ""
@@ -46,7 +48,7 @@ class WeightsFingerprint:
         seen = (tuple(map(_identity, tensors)), _sample(tensors))
         if always or seen != self._seen or self._steps_seen != _steps_taken[0]:
             self._steps_seen = _steps_taken[0]
-            self._digest = full_digest(dict(_named_tensors(module)))
+            self._digest = full_digest(dict(self._named_tensors(module)))
             self.full_digests += 1
             self._seen = seen
         return self._digest
@@ -54,6 +56,14 @@ class WeightsFingerprint:
     def expire(self, *_: object) -> None:
         """Take the full digest at the next prompt. Fits ``register_load_state_dict_post_hook``."""
         self._seen = None
+
+
+    def _named_tensors(self, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in module.named_parameters():
+            yield from _parts(name, tensor)
+        for name, tensor in module.named_buffers():
+            if not (self._is_ignored and self._is_ignored(name.rpartition(".")[2])):
+                yield from _parts(name, tensor)
 
 
 def full_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -75,11 +85,6 @@ def _watch_optimizers() -> None:
 
 def _count_step(*_: object) -> None:
     _steps_taken[0] = next(_steps)
-
-
-def _named_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        yield from _parts(name, tensor)
 
 
 def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -58,13 +58,19 @@ def shape_of(module: Any) -> Shape:
     return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:]))
 
 
-def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0) -> torch.Tensor:
-    """One forward of ``ids`` ``[1, tokens]`` at position ``start``, on ``cache``; the last logits in fp32."""
+def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0, pads: int = 0) -> torch.Tensor:
+    """One forward of ``ids`` ``[1, tokens]`` at position ``start``, on ``cache``; the last logits in fp32.
+
+    The first ``pads`` of the ids are padding.
+    """
     reader = CallReader(module)
     ids = ids.to(input_device(module))
     arguments = {"input_ids": ids, reader.cache_name: cache, "use_cache": True, **reader.last_logits}
     if reader.takes_positions:
-        arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None] - pads
+        arguments["position_ids"] = positions.clamp(min=0)
+    if pads:
+        arguments["attention_mask"] = (torch.arange(ids.shape[1], device=ids.device)[None] >= pads).long()
     with torch.no_grad(), _evaluating(module):
         logits: torch.Tensor = module(**arguments, return_dict=True).logits[:, -1]
     return logits.float()

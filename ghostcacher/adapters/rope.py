@@ -13,10 +13,6 @@ from typing import Any
 
 from ghostcacher.adapters.unserved import UnservedError
 
-FREQUENCIES = "inv_freq"
-"""Name of the buffers that such types change in a forward."""
-
-
 @dataclass(frozen=True, slots=True)
 class RopeRule:
     """Up to ``limit_tokens`` keys are a function of the prefix; beyond, ``rope_type`` decides."""
@@ -49,6 +45,11 @@ def rope_rule(config: Any) -> RopeRule | None:
         if (rope_type := str(parameters.get("rope_type", "default"))) in {"dynamic", "longrope"}
     ]
     return min(rules, key=lambda rule: (rule.rope_type, rule.limit_tokens), default=None)
+
+
+def is_frequencies(buffer_name: str) -> bool:
+    """Whether a buffer holds the frequencies in use, which such types change in a forward."""
+    return buffer_name.endswith("inv_freq") and not buffer_name.endswith("original_inv_freq")
 
 
 def _parameters(config: Any) -> Iterator[dict[str, Any]]:

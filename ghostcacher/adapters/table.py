@@ -55,17 +55,14 @@ FIXED_IN: Mapping[str, tuple[int, int]] = {
 }
 """First transformers version in which a refused type became right."""
 
-NOT_IN_PADDED_BATCHES = frozenset({
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "marian", "mbart", "mvp", "pegasus",
-    "plbart", "roformer", "trocr",
-})  # fmt: skip
-"""Types whose padded rows differ from unpadded ones even without a cache: positions or state count the padding."""
+NOT_IN_PADDED_BATCHES = frozenset({"deepseek_v4", "minimax_m3_vl_text"})
+"""Proven types whose padded rows differ from unpadded ones even without a cache: the padding shifts their blocks."""
 
 ONE_AT_A_TIME = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 """Types whose scan takes no initial state: after a prefix, more than one token at once silently starts from zero."""
 
-TOKENS_LEFT: Mapping[str, int] = {"zamba2": 2}
-"""Tokens that must be left to compute, where one is not enough: its decode path rounds unlike its prefill path."""
+TOKENS_LEFT: Mapping[str, int] = {"nemotron_h": 2, "zamba2": 2}
+"""Tokens that must be computed at once, where one is not enough: the decode path rounds unlike the prefill path."""
 
 
 def refusal(model_type: str, version: tuple[int, int]) -> str | None:

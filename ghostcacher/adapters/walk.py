@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,19 @@ class Walk:
     has_adapters: bool
 
 
-def walk(module: Any) -> Walk:
-    """Look at every part of ``module``. One pass, in place of ``parameters``, ``buffers`` and ``modules``."""
+def walk(module: Any, is_ignored: Callable[[str], bool] | None = None) -> Walk:
+    """Look at every part of ``module``. One pass, in place of ``parameters``, ``buffers`` and ``modules``.
+
+    Buffers whose own name ``is_ignored`` are left out.
+    """
     tensors: list[torch.Tensor] = []
     is_hooked = has_adapters = False
     parts = [module]
     while parts:
         part = parts.pop()
         tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (one pass instead of three)
-        tensors.extend(tensor for tensor in part._buffers.values() if tensor is not None)  # noqa: SLF001
+        buffers = part._buffers  # noqa: SLF001
+        tensors.extend(b for name, b in buffers.items() if b is not None and not (is_ignored and is_ignored(name)))
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
         has_adapters = has_adapters or type(part).__module__.startswith("peft.")
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):  # noqa: SLF001 (no public name)

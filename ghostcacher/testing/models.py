@@ -19,7 +19,7 @@ _BASE: Mapping[str, Any] = {
 _ALTERNATING: Mapping[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _LATENT: Mapping[str, Any] = {
     "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-    "v_head_dim": 12,
+    "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _INDEX: Mapping[str, Any] = {"index_head_dim": 16, "index_n_heads": 16, "index_topk": 16}
 _SHARING: Mapping[str, Any] = {

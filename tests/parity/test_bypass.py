@@ -158,56 +158,6 @@ def test_static_caches_under_attach_run_cold(llama, memory_store, generate):
     assert attached.reports[0].reason.startswith("bypass: cache of kind StaticCache")
 
 
-OTHER_KINDS = {
-    "mistral": {"sliding_window": 8},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "shared_expert_intermediate_size": 32,
-    },
-    "mamba2": {
-        "head_dim": 32, "num_heads": 4, "state_size": 16, "n_groups": 1, "chunk_size": 8, "expand": 2,
-        "num_hidden_layers": 2,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "falcon_h1": {
-        "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
-        "mamba_d_ssm": 128,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("model_type", OTHER_KINDS)
-def test_other_kinds_of_layers_run_cold_and_right(store, generate, model_type, caplog):
-    model = tiny_model(model_type, **OTHER_KINDS[model_type])
-    mask = None if model_type == "mamba2" else torch.ones_like(PROMPT)
-    expected = generate(model, PROMPT, attention_mask=mask)
-    cache = GhostCache(model, store)
-    with caplog.at_level(logging.WARNING, "ghostcacher"):
-        for _ in range(2):
-            assert torch.equal(generate(model, PROMPT, cache, attention_mask=mask), expected)
-            assert cache.report.reason.startswith("bypass: layers of kind")
-    grown = torch.cat([expected, random_prompt(5)], 1)
-    mask = None if mask is None else torch.ones_like(grown)
-    assert torch.equal(generate(model, grown, cache, attention_mask=mask), generate(model, grown, attention_mask=mask))
-    with attach(model, store):
-        assert torch.equal(generate(model, grown, attention_mask=mask), generate(model, grown, attention_mask=mask))
-    store.flush()
-    assert not store.stats().tiers[0].stored
-    assert len([record for record in caplog.records if record.name == "ghostcacher"]) == 1
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_length_runs_cold(store, generate, rope_type):
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
-    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=32)
-    cache = GhostCache(model, store)
-    generate(model, PROMPT, cache)
-    assert rope_type in cache.report.reason
-
-
 def test_padded_rows_of_a_type_that_counts_from_the_past_run_cold(store, generate):
     model = tiny_model("bart", d_model=64, num_hidden_layers=2, decoder_layers=2, decoder_attention_heads=4,
                        decoder_ffn_dim=96, encoder_layers=2, is_encoder_decoder=False, is_decoder=True)  # fmt: skip

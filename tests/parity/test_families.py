@@ -14,11 +14,13 @@ from ghostcacher.testing.models import FULL_ATTENTION, RECIPES, random_prompt, t
 
 PROMPT_TOKENS = 40
 BLOCK_TOKENS = 16
-REFUSED = {"llama with dynamic rope", "minimax", "recurrent_gemma"}
+LEAVES_TWO = {"nemotron_h"}
+DROPS_THE_CACHE = {"phi3"}
+REFUSED = {"minimax", "recurrent_gemma"}
+OTHERWISE_TESTED = {"llama with dynamic rope"}
 ONE_BY_ONE = {"mamba", "jamba"}
-NO_PADS = {"deepseek_v4"}
-MISSING = {"mamba2"}
-SERVED = sorted(RECIPES.keys() - REFUSED)
+NO_PADS = {"deepseek_v4", "minimax_m3_vl_text"}
+SERVED = sorted(RECIPES.keys() - REFUSED - OTHERWISE_TESTED)
 HITS = {"none": 0, "inside a block": 24, "a whole block": 32, "all but one": 39}
 MODES = {
     "greedy": {},
@@ -53,17 +55,17 @@ def remember(model, store, generate, prompt, shared):
     """Store a longer prompt that shares exactly ``shared`` tokens with ``prompt``."""
     if not shared:
         return
+    recipe_leaves = 2 if model.config.model_type in LEAVES_TWO else 1
     donor = random_prompt(PROMPT_TOKENS + 16, seed=99)
     donor[:, :shared] = prompt[:, :shared]
     if shared < PROMPT_TOKENS - 1:
         donor[0, shared] = (prompt[0, shared] + 1) % 100 + 2
-    generate(model, donor, GhostCache(model, store, boundaries=[shared]), new=1, attention_mask=None)
+    generate(model, donor, GhostCache(model, store, boundaries=[min(shared, PROMPT_TOKENS - recipe_leaves)]), new=1)
     store.flush()
 
 
 def with_logits(generate, model, prompt, cache, **options):
     torch.manual_seed(7)
-    options.setdefault("attention_mask", None)
     out = generate(model, prompt, cache, output_logits=True, return_dict_in_generate=True, **options)
     return out.sequences, torch.stack(out.logits)
 
@@ -75,16 +77,22 @@ def test_warm_answers_as_cold(recipe, model, store, generate, hit_tokens, mode):
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(generate, model, prompt, cache, **MODES[mode])
-    if recipe in ONE_BY_ONE:
-        assert cache.report.cached_tokens in {0, hit_tokens}
-    else:
-        assert cache.report.cached_tokens == hit_tokens, cache.report
+    assert cache.report.cached_tokens in expected_hits(recipe, hit_tokens), cache.report
     assert (logits - cold).abs().max() < (1e-5 if recipe in FULL_ATTENTION else 1e-4)
     assert torch.equal(tokens, expected)
     warm = GhostCache(model, store)
     again, _ = with_logits(generate, model, prompt, warm, **MODES[mode])
-    assert warm.report.cached_tokens > 0
+    assert warm.report.cached_tokens > 0 or recipe in DROPS_THE_CACHE | ONE_BY_ONE
     assert torch.equal(again, expected)
+
+
+def expected_hits(recipe, hit_tokens):
+    """What may be reused when ``hit_tokens`` are known: phi3 itself drops the cache of such a prompt."""
+    if recipe in DROPS_THE_CACHE:
+        return {0}
+    if recipe in ONE_BY_ONE:
+        return {0, hit_tokens}
+    return {min(hit_tokens, PROMPT_TOKENS - 2) if recipe in LEAVES_TWO else hit_tokens}
 
 
 @pytest.mark.parametrize("pads", [(0, 7), (3, 3)])
@@ -101,11 +109,11 @@ def test_padded_batches_answer_as_cold(recipe, model, store, generate, hit_token
     tokens, logits = with_logits(generate, model, ids, cache, attention_mask=mask)
     assert (logits - cold).abs().max() < 1e-4
     assert torch.equal(tokens, expected)
-    if hit_tokens and hit_tokens < 39 and not (base_has_states(model) and len(set(pads)) > 1) and recipe not in ONE_BY_ONE:
-        assert cache.report.cached_tokens == hit_tokens, cache.report
+    if hit_tokens < min(PROMPT_TOKENS - n for n in pads) and not (has_states(model) and len(set(pads)) > 1):
+        assert cache.report.cached_tokens in expected_hits(recipe, hit_tokens), cache.report
 
 
-def base_has_states(model):
+def has_states(model):
     adapter = ModelAdapter(base_module(model))
     adapter.prepare(model)
     return adapter.has_states
@@ -120,8 +128,8 @@ def test_attach_answers_as_cold(recipe, model, store, generate, hit_tokens):
         beams, _ = with_logits(generate, model, prompt, None, num_beams=3, new=40)
     assert (logits - cold).abs().max() < 1e-4
     assert torch.equal(tokens, expected)
-    if recipe not in ONE_BY_ONE:
-        assert attached.reports[0].cached_tokens == hit_tokens, attached.reports[0]
+    if recipe not in DROPS_THE_CACHE:
+        assert attached.reports[0].cached_tokens in expected_hits(recipe, hit_tokens), attached.reports[0]
     assert torch.equal(beams, with_logits(generate, model, prompt, None, num_beams=3, new=40)[0])
 
 
@@ -129,9 +137,9 @@ def test_a_chat_answers_as_cold(recipe, model, store, generate):
     text = random_prompt(30, seed=0)
     for turn in range(3):
         cache = GhostCache(model, store)
-        out = generate(model, text, cache, new=20, attention_mask=None)
-        assert torch.equal(out, generate(model, text, new=20, attention_mask=None))
-        if turn and recipe not in ONE_BY_ONE:
+        out = generate(model, text, cache, new=20)
+        assert torch.equal(out, generate(model, text, new=20))
+        if turn and recipe not in ONE_BY_ONE | DROPS_THE_CACHE:
             assert cache.report.cached_tokens >= text.shape[1] - 10 - 17, cache.report
         del cache
         store.flush()
@@ -141,15 +149,15 @@ def test_a_chat_answers_as_cold(recipe, model, store, generate):
 def test_a_cache_used_twice_answers_as_cold(recipe, model, memory_store, generate):
     first = random_prompt(PROMPT_TOKENS, seed=1)
     cache = GhostCache(model, memory_store)
-    out = generate(model, first, cache, attention_mask=None)
+    out = generate(model, first, cache)
     for second in (torch.cat([out, random_prompt(9, seed=3)], 1), first, first[:, :13], random_prompt(70, seed=4)):
-        again = generate(model, second, cache, attention_mask=None)
-        assert torch.equal(again, generate(model, second, attention_mask=None))
+        again = generate(model, second, cache)
+        assert torch.equal(again, generate(model, second))
 
 
 def test_chunks_answer_as_cold(recipe, model, store, generate, hit_tokens):
-    if recipe in ONE_BY_ONE or recipe == "mamba2":
-        pytest.skip("transformers itself does not prefill this type in chunks")
+    if recipe in {"mamba", "jamba", "mamba2", "phi3"}:
+        pytest.skip("transformers itself answers this type otherwise, or not at all, when it prefills in chunks")
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     expected, cold = with_logits(generate, model, prompt, None)
     remember(model, store, generate, prompt, hit_tokens)
@@ -174,3 +182,19 @@ def test_refused_types_run_cold_and_right(recipe, store, generate):
     for cache in caches:
         assert torch.equal(generate(model, prompt, cache), expected)
         assert cache.report.reason.startswith("bypass: ")
+
+
+@pytest.mark.parametrize("recipe", sorted(ONE_BY_ONE))
+@pytest.mark.parametrize("suffix_tokens", [1, 9, 30])
+def test_short_suffixes_go_in_one_at_a_time_and_long_ones_run_cold(recipe, model, store, generate, suffix_tokens):
+    """Their scan takes no initial state: more than one token at once would silently start from zero."""
+    shared = random_prompt(150, seed=1)
+    generate(model, torch.cat([shared, random_prompt(3, seed=2)], 1), GhostCache(model, store, boundaries=[150]), new=1)
+    store.flush()
+    prompt = torch.cat([shared, random_prompt(suffix_tokens, seed=3)], 1)
+    expected, cold = with_logits(generate, model, prompt, None)
+    cache = GhostCache(model, store)
+    tokens, logits = with_logits(generate, model, prompt, cache)
+    assert cache.report.cached_tokens == (150 if suffix_tokens < 20 else 0)
+    assert (logits - cold).abs().max() < 1e-4
+    assert torch.equal(tokens, expected)
