@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from ghostcacher.events import CacheEvent, CacheReport, Observer
+    from ghostcacher.support import Support, supported
     from ghostcacher.tiers.opening import default_store, open_store
     from ghostcacher.tiers.stack import TierStack
 
@@ -37,11 +38,13 @@ _HOMES = {
     "Observer": "events",
     "StoreError": "errors",
     "StoreTimeoutError": "errors",
+    "Support": "support",
     "TierStack": "tiers.stack",
     "UnsupportedModelError": "errors",
     "attach": "cache",
     "default_store": "tiers.opening",
     "open_store": "tiers.opening",
+    "supported": "support",
 }
 
 __all__ = [
@@ -56,11 +59,13 @@ __all__ = [
     "Observer",
     "StoreError",
     "StoreTimeoutError",
+    "Support",
     "TierStack",
     "UnsupportedModelError",
     "attach",
     "default_store",
     "open_store",
+    "supported",
 ]
 
 

@@ -90,6 +90,8 @@ class Path:
 
         A cache of ours answers length 0 between forwards, so that ``generate`` always hands over the whole prompt.
         """
+        if self.own is not None and self.call.arguments.get("use_cache") is False:
+            return False
         if self.own is None or (self.call.width == 1 and not self.own.was_asked):
             return True
         said = continues(self.call, past) if self.call.is_tokens else None

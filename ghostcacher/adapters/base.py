@@ -34,7 +34,9 @@ class ModelAdapter:
         """Looks at config and layer classes only; see `prepare` for what runs the model."""
         self.model_type: str = text_config(module).model_type
         self.reader = CallReader(module)
-        self.refusal: str | None = _why_refused(module)
+        self.refusal: str | None = why_refused(module.config)
+        if (getattr(module, "tp_size", None) or 1) > 1:
+            self.refusal = "tensor parallel: each rank holds other heads"
         self.shape: Shape | None = None
         self.rope: RopeRule | None = rope_rule(text_config(module))
         self.goes_one_at_a_time = self.model_type in table.ONE_AT_A_TIME
@@ -177,15 +179,13 @@ def _unwrapped(module: Any) -> Any:
     return None
 
 
-def _why_refused(module: Any) -> str | None:
-    config: Any = module.config
-    decoder = text_config(module)
+def why_refused(config: Any) -> str | None:
+    """Why prompts of models with this config run cold, as far as it says, or None."""
+    decoder = config.get_text_config(decoder=True)
     for model_type in (config.model_type, decoder.model_type):
         if why := table.refusal(model_type, TRANSFORMERS_VERSION):
             return f"{model_type}: {why}"
-    if (getattr(module, "tp_size", None) or 1) > 1:
-        return "tensor parallel: each rank holds other heads"
-    if getattr(decoder, "use_bidirectional_attention", None):
+    if getattr(decoder, "use_bidirectional_attention", None) not in {None, False, "vision"}:
         return "attention looks both ways"
     try:
         for layer in DynamicCache(config=config).layers:

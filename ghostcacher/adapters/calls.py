@@ -135,9 +135,13 @@ def why_not(call: Call, module: Any) -> str | None:
 
 
 def _unknown_argument(call: Call) -> str | None:
-    given = (name for name, value in call.arguments.items() if value is not None and value is not False)
+    given = (name for name, value in call.arguments.items() if not _says_nothing(value))
     unknown = next((name for name in given if name not in _HARMLESS), None)
     return f"argument {unknown!r}" if unknown else None
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, dict) and not value)
 
 
 def _wants_insides(call: Call, config: Any) -> bool:

@@ -79,10 +79,10 @@ def class_name(layer: Any) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def settled(layer: Any, latent_rank: int | None) -> Kind:
+def settled(layer: Any) -> Kind:
     """The kind of a layer after a forward, when it shows what its class leaves open.
 
-    A layer that a forward leaves empty is a dummy. ``latent_rank`` is the config's ``kv_lora_rank``, if it has one.
+    A layer that a forward leaves empty is a dummy; one shared head with keys and values of unequal width is a latent.
     """
     kind = kind_of(layer)
     if kind.is_empty(layer):
@@ -92,6 +92,6 @@ def settled(layer: Any, latent_rank: int | None) -> Kind:
         return RECURRENT_KIND
     if kind is CONV_WINDOW and has_recurrent:
         return RECURRENT_WINDOW
-    if kind is FULL and latent_rank is not None and layer.keys.shape[1] == 1 and layer.keys.shape[3] == latent_rank:
+    if kind is FULL and layer.keys.shape[1] == 1 and layer.keys.shape[3] != layer.values.shape[3]:
         return LATENT
     return kind

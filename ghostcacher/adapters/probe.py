@@ -51,8 +51,7 @@ def shape_of(module: Any) -> Shape:
     cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
     tokens = 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0)
     run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
-    rank = getattr(module.config.get_text_config(decoder=True), "kv_lora_rank", None)
-    kinds = [settled(layer, rank) for layer in cache.layers]
+    kinds = [settled(layer) for layer in cache.layers]
     pairs = list(zip(kinds, cache.layers, strict=True))
     layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs))
     return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:]))
