@@ -24,6 +24,7 @@ from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
 from ghostcacher.keys import Namespace
 
+_WITHOUT_ATTENTION = frozenset({"conv", "recurrent", "dummy"})
 FingerprintMode = Literal["sampled", "always"]
 
 
@@ -61,7 +62,7 @@ class ModelAdapter:
         self._is_prepared = True
         try:
             self.shape = shape_of(module)
-            self.reader.cuts_masks = not any(kind.slices for kind in self.shape.kinds)
+            self.reader.cuts_masks = {kind.name for kind in self.shape.kinds} <= _WITHOUT_ATTENTION
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
                 self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)

@@ -23,7 +23,7 @@ PROMPT_TOKENS = 176
 CUT_TOKENS = 160
 NEW_TOKENS = 12
 LIMIT_PARAMETERS = 500_000_000
-PLAIN = {"phi3": {"max_position_embeddings": 512, "rope_parameters": None}}
+PLAIN = {"phi3": {"max_position_embeddings": 512, "original_max_position_embeddings": 512, "rope_parameters": None}}
 """Instead of a recipe that the model's own ``prepare_inputs_for_generation`` drops the cache for."""
 TOLERANCE = 1e-3
 CAUSAL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
