@@ -106,8 +106,13 @@ class ModelAdapter:
         return self.shape is not None and bool(self.shape.layout.snapshot_groups)
 
     def storable_columns(self, tokens: int, pads: int) -> int | None:
-        """Up to which column the state of a prompt of ``tokens`` tokens may be stored; None: everywhere."""
+        """Up to which column the state of a prompt of ``tokens`` tokens may be stored; None: everywhere.
+
+        What a decode path that rounds unlike the prefill path computes is not stored.
+        """
         limit = self.rope.storable_tokens(tokens) if self.rope else None
+        if self.tokens_left > 1:
+            limit = tokens if limit is None else min(limit, tokens)
         return None if limit is None else pads + limit
 
     def state_of(self, cache: Cache) -> CacheState | None:

@@ -9,12 +9,12 @@ import torch
 
 import ghostcacher
 from ghostcacher import GhostCache
-from ghostcacher.testing.models import RECIPES, random_prompt, tiny_model
+from ghostcacher.testing.models import FULL_ATTENTION, random_prompt, tiny_model
 
 PROMPT = random_prompt(70, seed=1)
 
 
-@pytest.fixture(params=sorted(RECIPES))
+@pytest.fixture(params=FULL_ATTENTION)
 def model(request, models):
     return models(request.param)
 
@@ -99,7 +99,7 @@ def test_another_blocks_file_under_a_right_name(model, directory, generate):
         assert store.stats().tiers[0].rejected == 1
 
 
-@pytest.mark.parametrize("model_type", sorted(RECIPES))
+@pytest.mark.parametrize("model_type", FULL_ATTENTION)
 def test_another_namespaces_file_under_a_right_name(directory, tmp_path, generate, model_type):
     model, other = tiny_model(model_type, seed=1), tiny_model(model_type, seed=2)
     files = fill(model, directory, generate)

@@ -39,7 +39,7 @@ def model(recipe, models):
     try:
         found = models(recipe)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        pytest.skip(f"this transformers has no {recipe}: {error}")
+        pytest.skip(f"this transformers has no {recipe}: {str(error)[:60]}")
     adapter = ModelAdapter(base_module(found))
     if adapter.refusal:
         pytest.skip(adapter.refusal)
@@ -140,7 +140,9 @@ def test_a_chat_answers_as_cold(recipe, model, store, generate):
         out = generate(model, text, cache, new=20)
         assert torch.equal(out, generate(model, text, new=20))
         if turn and recipe not in ONE_BY_ONE | DROPS_THE_CACHE:
-            assert cache.report.cached_tokens >= text.shape[1] - 10 - 17, cache.report
+            # what nemotron_h decodes rounds unlike its prefill: its answers are not stored
+            answer = 20 if recipe in LEAVES_TWO else 0
+            assert cache.report.cached_tokens >= text.shape[1] - 10 - answer - 17, cache.report
         del cache
         store.flush()
         text = torch.cat([out, random_prompt(10, seed=turn + 10)], 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load
 from transformers import DynamicCache
 
 from ghostcacher import GhostCache, attach
-from ghostcacher.testing.models import RECIPES, random_prompt
+from ghostcacher.testing.models import FULL_ATTENTION, random_prompt
 
 PROMPT_TOKENS = 40
 HITS = {"none": 0, "inside a block": 24, "whole blocks": 32, "all but one": 39}
@@ -28,7 +28,7 @@ MODES = {
 }
 
 
-@pytest.fixture(params=sorted(RECIPES))
+@pytest.fixture(params=FULL_ATTENTION)
 def model(request, models):
     return models(request.param)
 

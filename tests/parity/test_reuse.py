@@ -14,10 +14,10 @@ from transformers import DynamicCache
 import ghostcacher
 from ghostcacher import GhostCache, attach
 from ghostcacher.adapters.calls import CallReader
-from ghostcacher.testing.models import RECIPES, random_prompt, tiny_model
+from ghostcacher.testing.models import FULL_ATTENTION, random_prompt, tiny_model
 
 
-@pytest.fixture(params=sorted(RECIPES))
+@pytest.fixture(params=FULL_ATTENTION)
 def model(request, models):
     return models(request.param)
 
