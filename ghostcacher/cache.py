@@ -55,7 +55,7 @@ class GhostCache(DynamicCache):
         super().__init__(config=module.config)
         self.store = store if store is not None else default_store()
         self.fingerprint: FingerprintMode = fingerprint
-        self.boundaries = tuple(boundaries)
+        self.boundaries: Sequence[int] = tuple(boundaries)
         self.in_forward = 0
         self.was_asked = False
         self._module = weakref.ref(module)
@@ -161,7 +161,7 @@ class Attachment:
     ) -> None:
         self.store = store
         self.fingerprint: FingerprintMode = fingerprint
-        self.boundaries = tuple(boundaries)
+        self.boundaries: Sequence[int] = tuple(boundaries)
         self._hooks = hooks
         self._sessions: weakref.WeakKeyDictionary[Cache, Session] = weakref.WeakKeyDictionary()
         self._reports: deque[CacheReport] = deque(maxlen=REPORTS_KEPT)

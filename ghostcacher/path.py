@@ -32,7 +32,11 @@ class Door(Protocol):
 
     store: TierStack
     fingerprint: FingerprintMode
-    boundaries: Sequence[int]
+
+    @property
+    def boundaries(self) -> Sequence[int]:
+        """Lengths in tokens after which snapshots are wanted."""
+        ...
 
     def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:
         """The session of ``cache``, made now if it is empty and ``state`` is given: it may be served."""

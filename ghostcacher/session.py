@@ -30,8 +30,9 @@ class Session:
     """One cache object in one store. ``rows`` is None while what the columns hold is not known.
 
     ``rows`` are the tokens read so far; ``noted`` are the ids of later columns, ``[rows, tokens]`` each, still on
-    their device. ``stored_columns`` is how far state was handed to the store, ``snapshots`` are copies by column that
-    wait for it and ``wanted_columns`` where more are wanted, ``storable_columns`` is how far state may be stored at all (None: everywhere).
+    their device. ``stored_columns`` is how far state was handed to the store, ``storable_columns`` how far it may be
+    at all (None: everywhere). ``snapshots`` are copies by column that wait to be stored, ``wanted_columns`` is where
+    more are wanted.
     """
 
     store: TierStack

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import AutoConfig, DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ghostcacher.adapters import table
 from ghostcacher.adapters.base import ModelAdapter, base_module, why_refused
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION
-from ghostcacher.adapters.kinds import kind_of
+from ghostcacher.adapters.kinds import CONV, RECURRENT, kind_of
 from ghostcacher.adapters.parts import Kind
 from ghostcacher.blocks import LayerKind
 from ghostcacher.errors import UnsupportedModelError
@@ -80,15 +80,22 @@ def _of_type(model_type: str) -> Support:
         return Support(model_type, (), "none", "refused", why)
     try:
         config = AutoConfig.for_model(model_type)
-        kinds = [kind_of(layer) for layer in DynamicCache(config=config).layers]
-    except UnsupportedModelError as error:
-        return Support(model_type, (), "none", "refused", str(error))
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the model's own file registers layer classes of its own
+        why = why_refused(config)
+        kinds = [] if why else _kinds(config)
     except Exception:  # noqa: BLE001 (a default config that cannot stand alone says nothing of a real one)
         return Support(model_type, (), "none", "to be certified")
-    if why := why_refused(config):
+    if why:
         return Support(model_type, (), "none", "refused", why)
     status: Status = "proven" if config.get_text_config(decoder=True).model_type in table.PROVEN else "to be certified"
     return Support(model_type, tuple(kind.name for kind in kinds), _capability(kinds), status)
+
+
+def _kinds(config: Any) -> list[Kind]:
+    """Kinds by class; of linear layers only the config says whether they are convolutional or recurrent."""
+    named = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    kinds = [kind_of(layer) for layer in DynamicCache(config=config).layers]
+    return [RECURRENT if kind is CONV and "conv" not in named else kind for kind in kinds]
 
 
 def _capability(kinds: list[Kind] | tuple[Kind, ...]) -> Capability:

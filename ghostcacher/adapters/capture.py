@@ -53,9 +53,9 @@ class RowCapture:
 
     @classmethod
     def of(
-        cls, state: CacheState, layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...], tokens: int, *,
-        first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None, lossy_from: int | None = None,
-        trims_repeats: bool = False,
+        cls, state: CacheState, layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
+        tokens: int, *, first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None,
+        lossy_from: int | None = None, trims_repeats: bool = False,
     ) -> RowCapture:  # fmt: skip
         """``tokens`` tokens of row ``number``, with ``snapshots`` of the whole batch by column; freezes the layers."""
         state.freeze()

@@ -57,7 +57,6 @@ class WeightsFingerprint:
         """Take the full digest at the next prompt. Fits ``register_load_state_dict_post_hook``."""
         self._seen = None
 
-
     def _named_tensors(self, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in module.named_parameters():
             yield from _parts(name, tensor)

@@ -10,7 +10,7 @@ from ghostcacher.adapters.compressed import CompressedStates
 from ghostcacher.adapters.full import FullSlices
 from ghostcacher.adapters.hybrid import ConvWindowLayer
 from ghostcacher.adapters.layers import GrowingLayer
-from ghostcacher.adapters.linear import RECURRENT, ConvLayer, LinearStates
+from ghostcacher.adapters.linear import RECURRENT_STATES, ConvLayer, LinearStates
 from ghostcacher.adapters.parts import Kind
 from ghostcacher.adapters.plain import INDEXED, KEYS_VALUES, SPARSE, PlainSlices
 from ghostcacher.adapters.window import WindowLayer, WindowSlices
@@ -41,7 +41,7 @@ FULL = Kind("full", lambda _: GrowingLayer(), FullSlices())
 LATENT = replace(FULL, name="latent")
 WINDOW = Kind("window", _window, WindowSlices())
 CONV = Kind("conv", _conv, None, LinearStates(needs_pieces=False))
-RECURRENT_KIND = Kind("recurrent", _as_it_is, None, LinearStates())
+RECURRENT = Kind("recurrent", _as_it_is, None, LinearStates())
 CONV_WINDOW = Kind("hybrid window", _conv_window, WindowSlices(), LinearStates(needs_pieces=False))
 RECURRENT_WINDOW = replace(CONV_WINDOW, states=LinearStates())
 COMPRESSED = Kind("compressed", _as_it_is, None, CompressedStates())
@@ -52,7 +52,9 @@ KINDS: Mapping[str, Kind] = {
     _STOCK + "DynamicSlidingWindowLayer": WINDOW,
     _STOCK + "DynamicIndexedLayer": Kind("indexed", _as_it_is, PlainSlices(INDEXED)),
     _STOCK + "LinearAttentionLayer": CONV,
-    _STOCK + "LinearAttentionAndFullAttentionLayer": Kind("hybrid", _as_it_is, PlainSlices(KEYS_VALUES), LinearStates()),
+    _STOCK + "LinearAttentionAndFullAttentionLayer": Kind(
+        "hybrid", _as_it_is, PlainSlices(KEYS_VALUES), LinearStates()
+    ),
     _STOCK + "LinearAttentionAndSlidingWindowAttentionLayer": CONV_WINDOW,
     _STOCK + "DummyLayer": DUMMY,
     _MINIMAX_M3 + "MiniMaxM3VLSparseCacheLayer": Kind("sparse", _as_it_is, PlainSlices(SPARSE)),
@@ -87,9 +89,9 @@ def settled(layer: Any) -> Kind:
     kind = kind_of(layer)
     if kind.is_empty(layer):
         return DUMMY
-    has_recurrent = any(state is not None for state in getattr(layer, RECURRENT, {}).values())
+    has_recurrent = any(state is not None for state in getattr(layer, RECURRENT_STATES, {}).values())
     if kind is CONV and has_recurrent:
-        return RECURRENT_KIND
+        return RECURRENT
     if kind is CONV_WINDOW and has_recurrent:
         return RECURRENT_WINDOW
     if kind is FULL and layer.keys.shape[1] == 1 and layer.keys.shape[3] != layer.values.shape[3]:

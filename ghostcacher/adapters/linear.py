@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from ghostcacher.adapters.parts import dtype_name
 from ghostcacher.blocks import TensorSpec
 
-CONV, RECURRENT = "conv_states", "recurrent_states"
+CONV_STATES, RECURRENT_STATES = "conv_states", "recurrent_states"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,13 @@ class LinearStates:
             state = seen.state(layer.conv_kernel_size[index], columns) if seen else None
             if state is None:
                 return None
-            found[f"{CONV}.{index}"] = state
+            found[f"{CONV_STATES}.{index}"] = state
         return found
 
     def restore(self, layer: Any, tensors: Mapping[str, torch.Tensor], columns: int) -> None:  # noqa: ARG002 (it has no length)
         """See `States.restore`. Copies, so that buffers known to compiled code stay where they are."""
         for index in range(layer.number_of_states):
-            conv, recurrent = tensors.get(f"{CONV}.{index}"), tensors.get(f"{RECURRENT}.{index}")
+            conv, recurrent = tensors.get(f"{CONV_STATES}.{index}"), tensors.get(f"{RECURRENT_STATES}.{index}")
             given = {"conv_states": conv, "recurrent_states": recurrent}
             given = {name: state for name, state in given.items() if state is not None}
             layer.lazy_initialization(state_idx=index, **given)
@@ -108,7 +108,7 @@ class LinearStates:
 
 
 def _states(layer: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
-    for name in (CONV, RECURRENT):
+    for name in (CONV_STATES, RECURRENT_STATES):
         for index in range(layer.number_of_states):
             state = getattr(layer, name)[index]
             if state is not None:

@@ -67,8 +67,10 @@ class Slices(Protocol):
 class States(Protocol):
     """State without a token axis: valid after exactly the tokens that made it."""
 
-    needs_pieces: bool
-    """Whether the state at a length can only be had by ending a forward there."""
+    @property
+    def needs_pieces(self) -> bool:
+        """Whether the state at a length can only be had by ending a forward there."""
+        ...
 
     def specs(self, layer: Any) -> tuple[TensorSpec, ...]:
         """What an initialised layer holds."""

@@ -54,7 +54,9 @@ def shape_of(module: Any) -> Shape:
     kinds = [settled(layer) for layer in cache.layers]
     pairs = list(zip(kinds, cache.layers, strict=True))
     layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs))
-    return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:]))
+    return Shape(
+        layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:])
+    )
 
 
 def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0, pads: int = 0) -> torch.Tensor:

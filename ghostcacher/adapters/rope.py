@@ -13,6 +13,7 @@ from typing import Any
 
 from ghostcacher.adapters.unserved import UnservedError
 
+
 @dataclass(frozen=True, slots=True)
 class RopeRule:
     """Up to ``limit_tokens`` keys are a function of the prefix; beyond, ``rope_type`` decides."""

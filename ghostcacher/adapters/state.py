@@ -54,7 +54,11 @@ class CacheState:
         """Keep the first ``columns`` of ``held`` columns; if any layer cannot, drop everything. What is left."""
         if columns == held and self.is_at(held):
             return columns
-        if columns == 0 or self.has_states or not all(k.slices.can_cut_to(x, columns) for k, x in self.pairs() if k.slices):
+        if (
+            columns == 0
+            or self.has_states
+            or not all(k.slices.can_cut_to(x, columns) for k, x in self.pairs() if k.slices)
+        ):
             self.empty()
             return 0
         for kind, layer in self.pairs():

@@ -30,6 +30,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
     is_initialized: bool
     keys: Any
     values: Any
+    first_column: int
+    frozen_columns: int
+    needed_from: int
+    _key_buffer: torch.Tensor | None
+    _value_buffer: torch.Tensor | None
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
         super().__init__(sliding_window=sliding_window, **kwargs)
@@ -65,7 +70,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
             return keys, values, self.first_column
         keep_from = max(self.first_column, min(self.needed_from, start - self._kept(start)))
         held = slice(keep_from - self.first_column, start - self.first_column)
-        return _moved(keys, keys_like, held, end - keep_from), _moved(values, values_like, held, end - keep_from), keep_from
+        return (
+            _moved(keys, keys_like, held, end - keep_from),
+            _moved(values, values_like, held, end - keep_from),
+            keep_from,
+        )
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, origin: int, columns: int) -> None:
         """Show these buffers, which begin at column ``origin``, as a layer that has seen ``columns`` columns."""
@@ -103,7 +112,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if keep_from - self.first_column > max(end - keep_from, HEADROOM_TOKENS):
             held = slice(keep_from - self.first_column, end - self.first_column)
             keys, values = self._key_buffer, self._value_buffer
-            moved = (_moved(keys, keys, held, held.stop - held.start), _moved(values, values, held, held.stop - held.start))
+            moved = (
+                _moved(keys, keys, held, held.stop - held.start),
+                _moved(values, values, held, held.stop - held.start),
+            )
             self.adopt(*moved, keep_from, end)
 
     def cut_to(self, columns: int) -> None:
@@ -152,8 +164,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
             self.first_column = self.cumulative_length - self.keys.shape[-2]
 
     def _forget_buffers(self) -> None:
-        self._key_buffer: torch.Tensor | None = None
-        self._value_buffer: torch.Tensor | None = None
+        self._key_buffer = self._value_buffer = None
         self.first_column = self.frozen_columns = self.needed_from = 0
 
     def _kept(self, columns: int) -> int:

@@ -31,8 +31,9 @@ Output = Annotated[Format, typer.Option("--format", "-f", help="What to print.")
 
 def run() -> None:
     """Run the application; errors of ours end it with exit code 2 and one sentence."""
-    from ghostcacher.cli import bench, demo
+    from ghostcacher.cli import bench, demo, models
 
+    models.register(app)
     demo.register(app)
     bench.register(app)
     try:

@@ -21,7 +21,12 @@ __all__ = ["FULL_ATTENTION", "RECIPES", "VOCABULARY", "random_prompt", "tiny_con
 
 
 def tiny_model(
-    recipe: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM, **overrides: Any
+    recipe: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    auto: Any = AutoModelForCausalLM,
+    **overrides: Any,
 ) -> Any:
     """A random causal model with 4 layers of width 64 and 128 tokens, in ``eval`` mode.
 

@@ -51,7 +51,7 @@ class ListingCatalog:
         self._seen: dict[str, int] = {}
         self._known: dict[str, set[str]] = {}
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:  # noqa: ARG002 (a listing shows them anyway)
+    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
         """See `Catalog.refresh`."""
         self._refresh(self._store.buckets(chain.namespace.hex), index)
 

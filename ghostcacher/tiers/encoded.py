@@ -140,7 +140,7 @@ class EncodedTier:
         c, codec = self._counts, self.chain.codec
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
-            c["evicted"], c["rejected"], c["errors"], codec.name, codec.lossy,
+            c["evicted"], c["rejected"], c["errors"], codec.name, codec.lossy, *snapshot_counts(self.index),
         )  # fmt: skip
 
     def _read(self, batch: Sequence[BlockKey], limit_bytes: int) -> Iterator[tuple[BlockKey, Buffer]]:

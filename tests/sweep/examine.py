@@ -59,17 +59,17 @@ def examine(model_type: str, directory: Path) -> Finding:
 
 def _built(model_type: str) -> Any:
     try:
+        config = tiny_config(model_type, **PLAIN.get(model_type, {}))
         with torch.device("meta"):
-            config = tiny_config(model_type, **PLAIN.get(model_type, {}))
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if parameters > LIMIT_PARAMETERS:
-            raise NotBuiltError(f"its smallest config has {parameters / 1e6:,.0f} million parameters")
-        model = tiny_model(model_type, **PLAIN.get(model_type, {}))
-        _generated(model, random_prompt(PROMPT_TOKENS, seed=1), None)
-    except NotBuiltError:
-        raise
+        is_small = parameters <= LIMIT_PARAMETERS
+        model = tiny_model(model_type, **PLAIN.get(model_type, {})) if is_small else None
+        if model is not None:
+            _generated(model, random_prompt(PROMPT_TOKENS, seed=1), None)
     except Exception as error:
         raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+    if model is None:
+        raise NotBuiltError(f"its smallest config has {parameters / 1e6:,.0f} million parameters")
     return model
 
 
