@@ -46,7 +46,7 @@ class ModelAdapter:
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
-        self._known_weights = ""
+        self._known_weights: tuple[str, tuple[Any, ...]] = ("", ())
         self._known_config: dict[str, Any] = {}
         self._known_fields: dict[str, Any] = {}
         self._known_namespaces: dict[tuple[int, str | None, str], Namespace] = {}
@@ -72,12 +72,12 @@ class ModelAdapter:
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
-    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Namespace:
+    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int = 1) -> Namespace:
         """Identity of everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
 
         Raises:
-            UnservedError: hooks on the model's layers, or peft adapters: what they do to its state cannot be known;
-                or a prompt so long that its state depends on others.
+            UnservedError: hooks on the model's layers, such as peft's for batches of mixed adapters, or adapters
+                that do not say what they do; or a prompt so long that its state depends on others.
             ValueError: the weights cannot be read, or the model was not prepared.
         """
         if self.shape is None:
@@ -85,13 +85,15 @@ class ModelAdapter:
         found = walk(module, self._is_ignored)
         if found.is_hooked:
             raise UnservedError("hooks on the model's layers")
-        if found.has_adapters:
-            raise UnservedError("peft adapters in the model")
+        if found.unknown:
+            raise UnservedError(f"peft parts of class {found.unknown}")
         weights = self._weights.current(module, found.tensors, always=mode == "always")
         config_now = vars(text_config(module))
-        if weights != self._known_weights or config_now != self._known_config:
-            self._known_weights, self._known_config = weights, copy.deepcopy(config_now)
+        if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
+            self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
             self._known_fields = identity_fields(module, weights, self.shape.layout.digest)
+            if found.adapters:
+                self._known_fields["adapters"] = list(found.adapters)
             self._known_namespaces = {}
         regime = self.rope.regime(tokens) if self.rope else ""
         tenant = (config.block_tokens, config.salt, regime)

@@ -125,19 +125,7 @@ def test_hooks_on_layers_are_not_trusted(llama, store, generate):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")
-def test_peft_adapters_run_cold_on_and_off(store, generate):
-    peft = pytest.importorskip("peft")
-    model = tiny_model("llama", seed=6)
-    warmed(model, store, generate)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
-    for _ in range(2):
-        cache = GhostCache(adapted, store)
-        assert torch.equal(generate(adapted, PROMPT, cache), generate(adapted, PROMPT))
-        assert cache.report.reason == "bypass: peft adapters in the model"
-        with adapted.disable_adapter():
-            assert torch.equal(generate(adapted, PROMPT, cache), generate(adapted, PROMPT))
-            assert cache.report.cached_tokens == 0
+
 
 
 def test_disabled_by_the_environment(llama, store, generate, monkeypatch):

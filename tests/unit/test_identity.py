@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def other_layout(model, monkeypatch):
     adapter = ModelAdapter(model)
     adapter.prepare(model)
     shape = adapter.shape
-    adapter.shape = type(shape)(KVLayout(shape.layout.layers[:-1]), shape.devices[:-1])
+    adapter.shape = replace(shape, layout=KVLayout(shape.layout.layers[:-1]))
     return adapter.namespace(model, config(), "sampled")
 
 
