@@ -124,7 +124,6 @@ def test_hooks_on_layers_are_not_trusted(llama, store, generate):
     assert cache.report.reason == "bypass: hooks on the model's layers"
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
 

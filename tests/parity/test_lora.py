@@ -11,6 +11,7 @@ from ghostcacher import GhostCache, attach
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 peft = pytest.importorskip("peft", reason="`make test` installs peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")
 PROMPT = random_prompt(40, seed=5)
 
 
