@@ -128,6 +128,8 @@ class Path:
             is_lossy = served.lossy or (have > 0 and session.lossy_from is not None)
             session.forget()
             session.storable_columns = self.adapter.storable_columns(_longest(rows), min(pads))
+            if session.state.is_static:
+                session.storable_columns = min(self.call.width, session.storable_columns or self.call.width)
             self._expect(session, rows, is_lossy=is_lossy)
             columns = self._run_pieces(session, rows, served.columns, base=0)
         except UnservedError as error:
@@ -191,7 +193,7 @@ class Path:
                 bytes=session.report.bytes + served.size_bytes, seconds=session.report.seconds + self._seconds(),
                 reason="hit" if cached else session.report.reason, lossy=session.report.lossy or served.lossy,
             )  # fmt: skip
-            self._publish(session, update)
+            self._publish(session, update, replaces=session.report)
         return reached - past
 
     def _run_pieces(self, session: Session, rows: Sequence[Row], reached: int, *, base: int) -> int:
@@ -259,7 +261,7 @@ class Path:
 
     def _fill(self, session: Session, rows: Sequence[Row], *, have: int, base: int) -> Served:
         width, shape = base + self.call.width, self.adapter.shape
-        if shape is None:
+        if shape is None or (have and session.state.is_static):
             return Served(have, have)
         served = fill(session.store, shape, session.state, rows, have=have, limit=self._limit(base), width=width)
         if base == 0 and self.adapter.goes_one_at_a_time and not self._pays(served.columns, width):
@@ -279,11 +281,10 @@ class Path:
             _longest(rows), cached, tier, self._seconds(), served.size_bytes, reason, len(rows), is_lossy
         )
 
-    def _publish(self, session: Session | None, report: CacheReport) -> None:
-        earlier = session.report if session is not None and session.expected is not None else None
+    def _publish(self, session: Session | None, report: CacheReport, replaces: CacheReport | None = None) -> None:
         if session is not None:
             session.report = report
-        self.door.publish(report, earlier)
+        self.door.publish(report, replaces)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started

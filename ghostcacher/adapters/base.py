@@ -6,7 +6,7 @@ import copy
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ghostcacher.adapters import table
@@ -18,6 +18,7 @@ from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
 from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
 from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.static import static_state
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import walk
 from ghostcacher.config import StoreConfig
@@ -122,6 +123,8 @@ class ModelAdapter:
         shape, layers = self.shape, cache.layers
         if shape is None or getattr(cache, "offloading", False):
             return None
+        if isinstance(cache, StaticCache):
+            return static_state(layers, shape.kinds)
         state = shape.state_of(layers)
         blank = shape.blank()
         if [type(layer) for layer in layers] == [type(layer) for layer in blank]:

@@ -21,6 +21,7 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 _CUT_ON_LAST_AXIS = ("input_ids", "position_ids", "token_type_ids", "cache_position")
 _MASK_2D = 2
+_MASK_4D = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,9 @@ class Call:
             if isinstance(kept.get(name), torch.Tensor):
                 kept[name] = kept[name][..., columns]
         mask = kept.get("attention_mask")
+        if _is_prepared(mask):
+            # It fits a cache that was empty: the model must build its own, from the padding alone.
+            kept["attention_mask"] = mask = _real_columns(mask, self.width)
         if self.cuts_mask and isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D:
             kept["attention_mask"] = mask[:, mask.shape[1] - self.width :][:, columns]
         return kept
@@ -152,6 +156,8 @@ def _wants_insides(call: Call, config: Any) -> bool:
 def padding(call: Call, past: int) -> tuple[int, ...] | None:
     """Columns of left padding of each row of the whole sequence, or None if the mask is anything else."""
     mask = call.arguments.get("attention_mask")
+    if _is_prepared(mask) and past == 0:
+        mask = _real_columns(mask, call.width)
     if mask is None:
         return (0,) * call.rows
     if not isinstance(mask, torch.Tensor) or mask.dim() != _MASK_2D or mask.shape[1] != past + call.width:
@@ -160,6 +166,23 @@ def padding(call: Call, past: int) -> tuple[int, ...] | None:
     pads = (~real).sum(dim=1)
     is_left_only = torch.equal(real, torch.arange(mask.shape[1], device=mask.device)[None] >= pads[:, None])
     return tuple(pads.tolist()) if is_left_only and bool((pads < mask.shape[1]).all()) else None
+
+
+def _is_prepared(mask: object) -> bool:
+    """Whether ``mask`` is one, or one per type of layer, that ``generate`` prepared for a static cache."""
+    return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == _MASK_4D)
+
+
+def _real_columns(mask: Any, width: int) -> torch.Tensor | None:
+    """The 2D mask behind a prepared one: a column is real if any position may look at it; None if all are."""
+    prepared = next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
+    if prepared is None:
+        return None
+    if not isinstance(prepared, torch.Tensor) or prepared.dim() != _MASK_4D or prepared.shape[-1] < width:
+        return torch.zeros((1, 1))  # of no known shape: padding() takes it for what it is not able to read
+    seen = prepared if prepared.dtype == torch.bool else prepared == 0
+    real = seen[:, 0, :, :width].any(dim=-2)
+    return None if bool(real.all()) else real.long()
 
 
 def has_plain_positions(call: Call, pads: tuple[int, ...], past: int) -> bool:

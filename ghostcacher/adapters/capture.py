@@ -87,7 +87,9 @@ class RowCapture:
             chain = chain.extended(_without_repeats(ids) if self.trims_repeats else ids)
         held_from = max((run.start for group in self.runs for run in group), default=0)
         end = min(self.tokens, len(chain))
-        blocks = [key for key in chain.covering(self.first_token, end) if key.start >= held_from]
+        blocks = list(chain.covering(self.first_token, end))
+        if blocks and blocks[0].start < held_from:
+            return []  # a window has passed what would have to come first
         return blocks + [chain.snapshot(length) for length in sorted(self.snapshots) if length <= end]
 
     def block(self, key: BlockKey) -> KVBlock:

@@ -16,7 +16,11 @@ Snapshot = Sequence[Mapping[str, torch.Tensor]]
 class CacheState:
     """What a cache holds, layer by layer. ``layers`` is the cache's own list."""
 
-    def __init__(self, layers: list[Any], kinds: Sequence[Kind], blank: Callable[[], list[Any]]) -> None:
+    def __init__(
+        self, layers: list[Any], kinds: Sequence[Kind], blank: Callable[[], list[Any]], *, is_static: bool = False
+    ) -> None:
+        """``blank`` gives empty layers of these kinds. A static cache is filled once, from the front."""
+        self.is_static = is_static
         self.layers = layers
         self.kinds = tuple(kinds)
         self._blank = blank

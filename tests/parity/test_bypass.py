@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import ghostcacher
-from ghostcacher import GhostCache, attach
+from ghostcacher import GhostCache
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 PROMPT = random_prompt(40, seed=1)
@@ -124,23 +124,12 @@ def test_hooks_on_layers_are_not_trusted(llama, store, generate):
     assert cache.report.reason == "bypass: hooks on the model's layers"
 
 
-
-
-
 def test_disabled_by_the_environment(llama, store, generate, monkeypatch):
     warmed(llama, store, generate)
     monkeypatch.setenv("GHOSTCACHER_DISABLE", "1")
     cache = GhostCache(llama, store)
     assert torch.equal(generate(llama, PROMPT, cache), generate(llama, PROMPT))
     assert cache.report.reason == "bypass: GHOSTCACHER_DISABLE is set"
-
-
-def test_static_caches_under_attach_run_cold(llama, memory_store, generate):
-    expected = generate(llama, PROMPT)
-    with attach(llama, memory_store) as attached:
-        out = generate(llama, PROMPT, cache_implementation="static")
-    assert torch.equal(out, expected)
-    assert attached.reports[0].reason.startswith("bypass: cache of kind StaticCache")
 
 
 def test_padded_rows_of_a_type_that_counts_from_the_past_run_cold(store, generate):
