@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench slow sweep clean
+.PHONY: demo test test-oldest check bench slow sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ check: $(VENV)/.dev
 # Every causal model type that transformers knows; writes docs/models.md (2 minutes).
 sweep: $(VENV)/.dev
 	$(BIN)/python -m tests.sweep
+
+sweep-oldest: test-oldest
+	$(OLDEST)/bin/python -m tests.sweep
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md

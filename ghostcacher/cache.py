@@ -13,7 +13,7 @@ from typing import Any, Self
 from transformers import Cache, DynamicCache
 
 from ghostcacher.adapters.base import FingerprintMode, base_module
-from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.blocks import KVLayout
 from ghostcacher.events import CacheReport
 from ghostcacher.hooks import ModelHooks, hooks_of
@@ -111,7 +111,7 @@ class GhostCache(DynamicCache):
         """Drop all state, keeping the layers' kinds."""
         module = self._module()
         if module is not None:
-            self.layers[:] = DynamicCache(config=module.config).layers
+            put_layers(self.layers, DynamicCache(config=module.config).layers)
         self._forget_rows()
 
     def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:

@@ -55,25 +55,29 @@ class ModelHooks:
         """Serve, note or leave alone one call; the changed arguments, or None."""
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
-        if call is None or door is None or _is_piece(door, call):
+        if call is None or door is None:
+            return None
+        session = door.session_of(call.cache, None)
+        if session is not None and session.is_running_pieces:
             return None
         own: OwnDoor | None = call.cache if _is_own(call) else None
         if own is not None:
             own.in_forward += 1
-        path = Path(self.adapter, module, door, own, call)
-        columns = path.walk()
+        columns = Path(self.adapter, module, door, own, call).walk(session)
         return ((), call.without_first(columns)) if columns else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Learn what the forward left in the cache, and hand it to the store."""
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
-        if call is None or door is None or _is_piece(door, call):
+        if call is None or door is None:
+            return
+        session = door.session_of(call.cache, None)
+        if session is not None and session.is_running_pieces:
             return
         if _is_own(call):
             call.cache.in_forward -= 1
             call.cache.was_asked = False
-        session = door.session_of(call.cache, None)
         if session is not None and output is None:
             session.forget()
         if session is not None and session.expected is not None:
@@ -108,9 +112,3 @@ class _Hook:
 
 def _is_own(call: Call) -> bool:
     return hasattr(call.cache, "in_forward")
-
-
-def _is_piece(door: Door, call: Call) -> bool:
-    """Whether the path itself runs this forward, as a part of a prompt."""
-    session = door.session_of(call.cache, None)
-    return session is not None and session.is_running_pieces

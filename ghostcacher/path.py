@@ -24,7 +24,10 @@ from ghostcacher.session import Expected, Session
 from ghostcacher.tiers.stack import TierStack
 
 STEP_COST_TOKENS = 8
+"""What a forward of one token is taken to cost, in tokens of a long one: an estimate on the safe side, not measured."""
+
 SNAPSHOT_STEP_TOKENS = 16
+"""Lengths at which prompts part are rounded down to this, as remote stores are asked for its multiples only."""
 
 
 class Door(Protocol):
@@ -69,9 +72,11 @@ class Path:
         self.call = call
         self.started = time.perf_counter()
 
-    def walk(self) -> int:
-        """Serve the call, or let it run cold, or note its tokens; how many of its columns need no computing."""
-        session = self.door.session_of(self.call.cache, None)
+    def walk(self, session: Session | None) -> int:
+        """Serve the call, or let it run cold, or note its tokens; how many of its columns need no computing.
+
+        ``session`` is that of the call's cache, if it has one.
+        """
         past = session.past if session is not None else _past(self.call.cache)
         if past and self._goes_on(past):
             return self._continue(session, past)
@@ -159,7 +164,7 @@ class Path:
         return session.state.cut_to(have, held=past)
 
     def _continue(self, session: Session | None, past: int) -> int:
-        if session is None or session.rows is None or session.is_running_pieces:
+        if session is None or session.rows is None:
             return 0
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
             session.note(self.call.input_ids, past)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ghostcacher.adapters.capture import Row, RowCapture
-from ghostcacher.adapters.state import CacheState, Snapshot
+from ghostcacher.adapters.state import CacheState, Held, Snapshot
 from ghostcacher.blocks import KVLayout
 from ghostcacher.events import CacheReport
 from ghostcacher.keys import PrefixChain, common_tokens
@@ -135,13 +135,13 @@ class Session:
             return
         if self.state.has_states:
             self._add_snapshots(end, is_last=is_last)
-        is_batch = len(self.rows) > 1
+        held, is_batch = self.state.frozen(), len(self.rows) > 1
         seen: set[bytes] = set()
         for number, row in enumerate(self.rows):
             if not self.noted and row.chain.tokens in seen:
                 continue
             seen.add(row.chain.tokens)
-            self.store.submit(self._of_row(number, row, end, trims_repeats=is_batch), model=self.model_type)
+            self.store.submit(self._of_row(held, number, row, end, trims_repeats=is_batch), model=self.model_type)
         self.stored_columns = end
         self.snapshots = {}
         self.state.let_go(min(row.pads + self._whole(end - row.pads) for row in self.rows))
@@ -173,9 +173,9 @@ class Session:
             return False
         return len({(row.pads, row.chain.tokens) for row in self.rows}) < len(self.rows)
 
-    def _of_row(self, number: int, row: Row, end: int, *, trims_repeats: bool) -> RowCapture:
+    def _of_row(self, held: Sequence[Held], number: int, row: Row, end: int, *, trims_repeats: bool) -> RowCapture:
         return RowCapture.of(
-            self.state, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
+            held, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
             first_token=max(0, self.stored_columns - row.pads), snapshots=self.snapshots, lossy_from=self.lossy_from,
             trims_repeats=trims_repeats,
         )  # fmt: skip

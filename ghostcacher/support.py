@@ -78,15 +78,11 @@ def _of_adapter(adapter: ModelAdapter) -> Support:
 def _of_type(model_type: str) -> Support:
     if why := table.NO_DYNAMIC_CACHE.get(model_type) or table.refusal(model_type, TRANSFORMERS_VERSION):
         return Support(model_type, (), "none", "refused", why)
-    try:
-        config = AutoConfig.for_model(model_type)
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the model's own file registers layer classes of its own
-        why = why_refused(config)
-        kinds = [] if why else _kinds(config)
-    except Exception:  # noqa: BLE001 (a default config that cannot stand alone says nothing of a real one)
-        return Support(model_type, (), "none", "to be certified")
-    if why:
+    config = AutoConfig.for_model(model_type)
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the model's own file registers layer classes of its own
+    if why := why_refused(config):
         return Support(model_type, (), "none", "refused", why)
+    kinds = _kinds(config)
     status: Status = "proven" if config.get_text_config(decoder=True).model_type in table.PROVEN else "to be certified"
     return Support(model_type, tuple(kind.name for kind in kinds), _capability(kinds), status)
 

@@ -73,6 +73,18 @@ def generate():
 
 
 @pytest.fixture(scope="session")
+def with_logits(generate):
+    """Tokens and logits ``[steps, rows, vocabulary]`` of one run, after the same random seed."""
+
+    def run(model, ids, cache=None, **options):
+        torch.manual_seed(7)
+        out = generate(model, ids, cache, output_logits=True, return_dict_in_generate=True, **options)
+        return out.sequences, torch.stack(out.logits)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint():
     """A real server that speaks S3, on loopback."""
     pytest.importorskip("moto.server", reason="S3 needs moto[server]; `make test` installs it")

@@ -17,7 +17,7 @@ from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields,
 from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
 from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
-from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.adapters.static import static_state
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import walk
@@ -73,7 +73,7 @@ class ModelAdapter:
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
-    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int = 1) -> Namespace:
+    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Namespace:
         """Identity of everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
 
         Raises:
@@ -125,23 +125,14 @@ class ModelAdapter:
             return None
         if isinstance(cache, StaticCache):
             return static_state(layers, shape.kinds)
-        state = shape.state_of(layers)
-        blank = shape.blank()
-        if [type(layer) for layer in layers] == [type(layer) for layer in blank]:
-            return state
-        if not self._is_stock(cache, layers):
-            return None
-        layers[:] = blank
-        return state
-
-    def _is_stock(self, cache: Cache, layers: list[Any]) -> bool:
-        """Whether the layers are the empty ones that transformers itself would begin with for this model."""
-        if not layers:
-            return getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
-        if self.shape is None:
-            return False
-        stock = [type(layer) for layer in DynamicCache(config=self.shape.config).layers]
-        return [type(layer) for layer in layers] == stock and all(kind_of(layer).is_empty(layer) for layer in layers)
+        classes = [type(layer) for layer in layers]
+        if classes != shape.classes:
+            is_lazy = not layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
+            is_stock = classes == shape.stock_classes and all(kind_of(layer).is_empty(layer) for layer in layers)
+            if not is_lazy and not is_stock:
+                return None
+            put_layers(layers, shape.made_from(layers) if is_stock else shape.blank())
+        return shape.state_of(layers)
 
 
 class _Expiring:

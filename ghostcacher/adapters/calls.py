@@ -170,7 +170,8 @@ def padding(call: Call, past: int) -> tuple[int, ...] | None:
 
 def _is_prepared(mask: object) -> bool:
     """Whether ``mask`` is one, or one per type of layer, that ``generate`` prepared for a static cache."""
-    return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == _MASK_4D)
+    masks = mask.values() if isinstance(mask, dict) else [mask] if mask is not None else []
+    return bool(masks) and all(m is None or (isinstance(m, torch.Tensor) and m.dim() == _MASK_4D) for m in masks)
 
 
 def _real_columns(mask: Any, width: int) -> torch.Tensor | None:
@@ -178,11 +179,9 @@ def _real_columns(mask: Any, width: int) -> torch.Tensor | None:
     prepared = next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
     if prepared is None:
         return None
-    if not isinstance(prepared, torch.Tensor) or prepared.dim() != _MASK_4D or prepared.shape[-1] < width:
-        return torch.zeros((1, 1))  # of no known shape: padding() takes it for what it is not able to read
     seen = prepared if prepared.dtype == torch.bool else prepared == 0
     real = seen[:, 0, :, :width].any(dim=-2)
-    return None if bool(real.all()) else real.long()
+    return None if real.shape[1] == width and bool(real.all()) else real.long()
 
 
 def has_plain_positions(call: Call, pads: tuple[int, ...], past: int) -> bool:

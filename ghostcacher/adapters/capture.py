@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ghostcacher.adapters.state import CacheState, Snapshot
+from ghostcacher.adapters.state import Held, Snapshot
 from ghostcacher.blocks import KVBlock, KVLayout, TensorGroup
 from ghostcacher.keys import BlockKey, PrefixChain
 
@@ -53,16 +53,11 @@ class RowCapture:
 
     @classmethod
     def of(
-        cls, state: CacheState, layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
+        cls, held: Sequence[Held], layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
         tokens: int, *, first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None,
         lossy_from: int | None = None, trims_repeats: bool = False,
     ) -> RowCapture:  # fmt: skip
-        """``tokens`` tokens of row ``number``, with ``snapshots`` of the whole batch by column; freezes the layers."""
-        state.freeze()
-        held = [
-            (kind.slices.tensors(layer), kind.slices.origin(layer)) if kind.slices else ({}, 0)
-            for kind, layer in state.pairs()
-        ]
+        """``tokens`` tokens of row ``number`` of what the layers hold, with ``snapshots`` of all rows by column."""
         runs = tuple(
             tuple(_run(group, *held[layer], number, row.pads, tokens) for layer in group.layers)
             for group in layout.groups

@@ -81,7 +81,7 @@ def _restored(module: Any, shape: Shape, donor_ids: torch.Tensor) -> DynamicCach
         run(module, donor_ids[:, CUT_TOKENS:], donor, CUT_TOKENS)
     chain = PrefixChain.of(donor_ids[0, :CUT_TOKENS].tolist(), Namespace(bytes(32)), _BLOCK_TOKENS)
     taken = {CUT_TOKENS: snapshot} if snapshot is not None else {}
-    capture = RowCapture.of(state, shape.layout, 0, Row(0, chain), (), CUT_TOKENS, snapshots=taken)
+    capture = RowCapture.of(state.frozen(), shape.layout, 0, Row(0, chain), (), CUT_TOKENS, snapshots=taken)
     keys = capture.keys()
     landing = Landing(shape.state_of(cache.layers), shape, 1, 0, PROBE_TOKENS)
     landing.expect([Candidate(key, key.length) for key in keys], (0,), 0)

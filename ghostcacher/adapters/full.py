@@ -59,7 +59,7 @@ class FullSlices:
         keys, values = layer.writable(layer.keys, layer.values, have, columns)
         return {"keys": keys, "values": values}, 0
 
-    def show(self, layer: GrowingLayer, tensors: Mapping[str, torch.Tensor], columns: int, *, origin: int) -> None:  # noqa: ARG002
+    def show(self, layer: GrowingLayer, tensors: Mapping[str, torch.Tensor], columns: int, *, origin: int) -> None:  # noqa: ARG002 (always 0)
         """See `Slices.show`."""
         layer.adopt(tensors["keys"], tensors["values"], columns)
 

@@ -16,7 +16,8 @@ from ghostcacher.adapters.plain import INDEXED, KEYS_VALUES, SPARSE, PlainSlices
 from ghostcacher.adapters.window import WindowLayer, WindowSlices
 from ghostcacher.errors import UnsupportedModelError
 
-_STOCK = "transformers.cache_utils."
+STOCK = "transformers.cache_utils."
+"""Where transformers defines most classes of cache layers."""
 _DEEPSEEK_V4 = "transformers.models.deepseek_v4.modeling_deepseek_v4."
 _MINIMAX_M3 = "transformers.models.minimax_m3_vl.modeling_minimax_m3_vl."
 
@@ -48,15 +49,13 @@ COMPRESSED = Kind("compressed", _as_it_is, None, CompressedStates())
 DUMMY = Kind("dummy", _as_it_is)
 
 KINDS: Mapping[str, Kind] = {
-    _STOCK + "DynamicLayer": FULL,
-    _STOCK + "DynamicSlidingWindowLayer": WINDOW,
-    _STOCK + "DynamicIndexedLayer": Kind("indexed", _as_it_is, PlainSlices(INDEXED)),
-    _STOCK + "LinearAttentionLayer": CONV,
-    _STOCK + "LinearAttentionAndFullAttentionLayer": Kind(
-        "hybrid", _as_it_is, PlainSlices(KEYS_VALUES), LinearStates()
-    ),
-    _STOCK + "LinearAttentionAndSlidingWindowAttentionLayer": CONV_WINDOW,
-    _STOCK + "DummyLayer": DUMMY,
+    STOCK + "DynamicLayer": FULL,
+    STOCK + "DynamicSlidingWindowLayer": WINDOW,
+    STOCK + "DynamicIndexedLayer": Kind("indexed", _as_it_is, PlainSlices(INDEXED)),
+    STOCK + "LinearAttentionLayer": CONV,
+    STOCK + "LinearAttentionAndFullAttentionLayer": Kind("hybrid", _as_it_is, PlainSlices(KEYS_VALUES), LinearStates()),
+    STOCK + "LinearAttentionAndSlidingWindowAttentionLayer": CONV_WINDOW,
+    STOCK + "DummyLayer": DUMMY,
     _MINIMAX_M3 + "MiniMaxM3VLSparseCacheLayer": Kind("sparse", _as_it_is, PlainSlices(SPARSE)),
     _DEEPSEEK_V4 + "DeepseekV4HCACache": COMPRESSED,
     _DEEPSEEK_V4 + "DeepseekV4CSACache": COMPRESSED,

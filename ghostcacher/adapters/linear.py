@@ -75,7 +75,7 @@ class LinearStates:
     def ago(self, layer: Any, columns: int) -> Mapping[str, torch.Tensor] | None:
         """See `States.ago`."""
         if columns == 0:
-            return {f"{name}.{index}": state for name, index, state in _states(layer)}
+            return {f"{name}.{index}": _last(layer, name, index, state) for name, index, state in _states(layer)}
         if self.needs_pieces:
             return None
         found = {}
@@ -105,6 +105,14 @@ class LinearStates:
         """See `States.let_go`."""
         if not self.needs_pieces:
             layer.seen_inputs = {}
+
+
+def _last(layer: Any, name: str, index: int, state: torch.Tensor) -> torch.Tensor:
+    """The state itself; of conv inputs that ``record_past`` keeps for assisted decoding, the last that count."""
+    if name == RECURRENT_STATES:
+        return state
+    last: torch.Tensor = state[..., -layer.conv_kernel_size[index] :]
+    return torch.nn.functional.pad(last, (layer.conv_kernel_size[index] - last.shape[-1], 0))
 
 
 def _states(layer: Any) -> Iterator[tuple[str, int, torch.Tensor]]:

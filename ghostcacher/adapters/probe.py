@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ghostcacher.adapters.kinds import kind_of, settled
 from ghostcacher.adapters.parts import Kind
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.blocks import KVLayout
+from ghostcacher.errors import UnsupportedModelError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shape:
     """What a probe showed of a model's cache: its layout, and the kind and device of each layer."""
 
@@ -27,10 +29,23 @@ class Shape:
     config: Any
     extra: tuple[Any, ...] = ()
 
+    @cached_property
+    def stock_classes(self) -> list[type]:
+        """Classes of the layers that transformers begins with."""
+        return [type(layer) for layer in DynamicCache(config=self.config).layers]
+
+    @cached_property
+    def classes(self) -> list[type]:
+        """Classes of `blank` layers."""
+        return [type(layer) for layer in self.blank()]
+
     def blank(self) -> list[Any]:
         """Empty layers of these kinds. ``extra`` ones are those that the model's forward appends."""
-        stock = [*DynamicCache(config=self.config).layers, *self.extra]
-        return [kind.make(layer) for kind, layer in zip(self.kinds, stock, strict=True)]
+        return self.made_from(DynamicCache(config=self.config).layers)
+
+    def made_from(self, stock: list[Any]) -> list[Any]:
+        """`blank` layers, given the empty ones that transformers begins with."""
+        return [kind.make(layer) for kind, layer in zip(self.kinds, [*stock, *self.extra], strict=True)]
 
     def state_of(self, layers: list[Any]) -> CacheState:
         """The state over a cache's list of ``layers``, which must be `blank` ones, filled or not."""
@@ -43,7 +58,7 @@ def shape_of(module: Any) -> Shape:
     Compressed layers need as many tokens as make their first entry.
 
     Raises:
-        UnsupportedModelError: a layer's class is not known.
+        UnsupportedModelError: a layer's class is not known, or the model appends layers that cannot be made anew.
         ValueError: a layer's state is not that of its class.
     """
     cache = DynamicCache(config=module.config)
@@ -52,11 +67,12 @@ def shape_of(module: Any) -> Shape:
     tokens = 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0)
     run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
     kinds = [settled(layer) for layer in cache.layers]
+    extra = cache.layers[stock:]
+    if any(kind.make(layer) is layer for kind, layer in zip(kinds[stock:], extra, strict=True)):
+        raise UnsupportedModelError("its forward appends cache layers of a class that cannot be made anew")
     pairs = list(zip(kinds, cache.layers, strict=True))
     layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs))
-    return Shape(
-        layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(cache.layers[stock:])
-    )
+    return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(extra))
 
 
 def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0, pads: int = 0) -> torch.Tensor:

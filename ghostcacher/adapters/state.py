@@ -12,6 +12,9 @@ from ghostcacher.adapters.parts import Kind
 Snapshot = Sequence[Mapping[str, torch.Tensor]]
 """Per layer, its tensors without a token axis, as the model shapes them: all rows."""
 
+Held = tuple[Mapping[str, torch.Tensor], int]
+"""One layer's per-token tensors, all rows, and the column at which they begin."""
+
 
 class CacheState:
     """What a cache holds, layer by layer. ``layers`` is the cache's own list."""
@@ -72,7 +75,7 @@ class CacheState:
 
     def empty(self) -> None:
         """Drop everything: fresh layers of the same kinds."""
-        self.layers[:] = self._blank()
+        put_layers(self.layers, self._blank())
 
     def snapshot(self, ago: int = 0) -> Snapshot | None:
         """A copy of the state without token axis as it was ``ago`` columns ago, or None if that cannot be told."""
@@ -84,11 +87,16 @@ class CacheState:
             found.append({name: tensor.clone() for name, tensor in state.items()})
         return found
 
-    def freeze(self) -> None:
-        """What is held now is about to be stored: write later columns elsewhere."""
+    def frozen(self) -> Sequence[Held]:
+        """What every layer holds per token, about to be stored: later columns are written elsewhere."""
+        found: list[Held] = []
         for kind, layer in self.pairs():
             if kind.slices:
                 kind.slices.freeze(layer)
+                found.append((kind.slices.tensors(layer), kind.slices.origin(layer)))
+            else:
+                found.append(({}, 0))
+        return found
 
     def let_go(self, before: int) -> None:
         """Columns below ``before`` are stored: forget what the model does not need."""
@@ -102,3 +110,13 @@ class CacheState:
         for kind, layer in self.pairs():
             if kind.states:
                 kind.states.let_go(layer)
+
+
+def put_layers(layers: list[Any], fresh: list[Any]) -> None:
+    """Put ``fresh`` layers in place of a cache's; they record their past, to be cropped later, if those did."""
+    is_recording = any(getattr(layer, "record_past", False) for layer in layers)
+    layers[:] = fresh
+    if is_recording:
+        for layer in layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from ghostcacher.adapters.full import keys_values_specs
-from ghostcacher.adapters.kinds import DUMMY, FULL, LATENT, RECURRENT, WINDOW
+from ghostcacher.adapters.kinds import DUMMY, FULL, LATENT, RECURRENT, STOCK, WINDOW, class_name
 from ghostcacher.adapters.parts import Kind
 from ghostcacher.adapters.state import CacheState
+from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.blocks import TensorSpec
 
-_CLASSES: Mapping[str, frozenset[Kind]] = {
-    "StaticLayer": frozenset({FULL, LATENT}),
-    "StaticSlidingWindowLayer": frozenset({WINDOW}),
-    "LinearAttentionLayer": frozenset({RECURRENT}),
-    "DummyLayer": frozenset({DUMMY}),
+_KINDS: Mapping[str, frozenset[Kind]] = {
+    STOCK + "StaticLayer": frozenset({FULL, LATENT}),
+    STOCK + "StaticSlidingWindowLayer": frozenset({WINDOW}),
+    STOCK + "LinearAttentionLayer": frozenset({RECURRENT}),
+    STOCK + "DummyLayer": frozenset({DUMMY}),
 }
+"""By static class, the kinds that a model's dynamic layer in its place may have."""
 
 
 class StaticSlices:
@@ -50,8 +52,8 @@ class StaticSlices:
         """Nothing: what is read is copied."""
 
     def writable(self, layer: Any, have: int, columns: int) -> tuple[Mapping[str, torch.Tensor], int]:
-        """Not possible: a static buffer is filled once, from the front."""
-        raise NotImplementedError(f"a {type(layer).__name__} is filled from the front only")
+        """Never possible, so the path does not ask: a static buffer is filled once, from the front."""
+        raise UnservedError(f"a {type(layer).__name__} with {have} columns cannot be filled up to {columns}")
 
     def show(self, layer: Any, tensors: Mapping[str, torch.Tensor], columns: int, *, origin: int) -> None:  # noqa: ARG002 (always 0)
         """See `Slices.show`."""
@@ -62,8 +64,8 @@ class StaticSlices:
         return False
 
     def cut_to(self, layer: Any, columns: int) -> None:
-        """Not possible; see `can_cut_to`."""
-        raise NotImplementedError(f"a {type(layer).__name__} is not cut to {columns} columns")
+        """Never possible; see `can_cut_to`."""
+        raise UnservedError(f"a {type(layer).__name__} is not cut to {columns} columns")
 
     def let_go(self, layer: Any, before: int) -> None:
         """Nothing: static buffers keep their size."""
@@ -73,7 +75,7 @@ def static_state(layers: list[Any], kinds: Sequence[Kind]) -> CacheState | None:
     """The state over the layers of a static cache of a model whose dynamic layers are of ``kinds``, or None."""
     if len(layers) != len(kinds):
         return None
-    if not all(kind in _CLASSES.get(type(layer).__name__, ()) for kind, layer in zip(kinds, layers, strict=True)):
+    if not all(kind in _KINDS.get(class_name(layer), ()) for kind, layer in zip(kinds, layers, strict=True)):
         return None
     own = [replace(kind, slices=StaticSlices()) if kind.slices else kind for kind in kinds]
     return CacheState(layers, own, _resetting(layers), is_static=True)

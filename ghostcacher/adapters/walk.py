@@ -39,7 +39,7 @@ def walk(module: Any, is_ignored: Callable[[str], bool] | None = None) -> Walk:
     while parts:
         part = parts.pop()
         tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (one pass instead of three)
-        buffers = part._buffers  # noqa: SLF001
+        buffers = part._buffers  # noqa: SLF001 (one pass instead of three)
         tensors.extend(b for name, b in buffers.items() if b is not None and not (is_ignored and is_ignored(name)))
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
         if type(part).__module__.startswith("peft."):

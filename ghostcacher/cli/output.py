@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 USAGE = 2
+PIPED_COLUMNS = 200
+"""Width of a table that goes into a pipe or file: nothing may be cut off there."""
 
 
 class Format(StrEnum):
@@ -27,15 +29,16 @@ def emit(output: Format, document: object, human: str | Table) -> None:
     if output is Format.json:
         sys.stdout.write(json.dumps(document, default=_plain) + "\n")
     else:
-        Console(highlight=False).print(human, soft_wrap=isinstance(human, str), markup=False)
+        width = None if sys.stdout.isatty() else PIPED_COLUMNS
+        Console(highlight=False, width=width).print(human, soft_wrap=isinstance(human, str), markup=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A plain table; figures are set to the right."""
+    """A plain table; figures are set to the right, the last column wraps."""
     made = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         is_figure = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
-        made.add_column(column, justify="right" if is_figure else "left", no_wrap=True)
+        made.add_column(column, justify="right" if is_figure else "left", no_wrap=number + 1 < len(columns))
     for row in rows:
         made.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     return made

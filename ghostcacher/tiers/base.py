@@ -16,7 +16,7 @@ Place = Callable[[KVBlock], None]
 """Takes one verified block, on any thread; blocks of one fetch never overlap."""
 
 SNAPSHOT_SHARE = 0.25
-"""How much of a tier's budget the snapshots of one namespace may take, unless said otherwise."""
+"""How much of a tier's budget the snapshots of one namespace may take."""
 
 _Item = TypeVar("_Item")
 

@@ -26,11 +26,11 @@ class DecodedTier:
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
-        device: str | None = "cpu", snapshot_share: float = SNAPSHOT_SHARE,
+        device: str | None = "cpu",
     ) -> None:  # fmt: skip
         self.name = name
         self.budget_bytes = budget_bytes
-        self.snapshot_limit_bytes = int(budget_bytes * snapshot_share)
+        self.snapshot_limit_bytes = int(budget_bytes * SNAPSHOT_SHARE)
         self.index = PrefixIndex()
         self._policy = policy
         self._observe = observe
@@ -66,7 +66,8 @@ class DecodedTier:
     def offer(self, offer: Offer) -> bool:
         """See `Tier.offer`. The tensors are kept as they are if they already lie on the tier's device."""
         block = self._moved(offer.block)
-        if block.size_bytes > self.budget_bytes:
+        limit_bytes = self.snapshot_limit_bytes if block.key.is_snapshot else self.budget_bytes
+        if block.size_bytes > limit_bytes:
             self._observe(
                 CacheEvent("dropped", "block larger than the tier", self.name, block.key.length, block.size_bytes)
             )

@@ -39,12 +39,12 @@ class EncodedTier:
         self, name: str, store: Store, chain: CodecChain, policy: EvictionPolicy, observe: Observer, *,
         is_local: bool, timeout_seconds: float, budget_bytes: int | None = None, strict: bool = False,
         sweep_lock: AbstractContextManager[object] | None = None, spread: Spread = one_by_one,
-        touch_store: Callable[[Sequence[str]], None] | None = None, snapshot_share: float = SNAPSHOT_SHARE,
+        touch_store: Callable[[Sequence[str]], None] | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.is_local = is_local
         self.budget_bytes = budget_bytes
-        self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * snapshot_share)
+        self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * SNAPSHOT_SHARE)
         self.chain = chain
         self.index = PrefixIndex()
         self.catalog: Catalog | None = None
@@ -93,7 +93,9 @@ class EncodedTier:
             return False
         size_bytes = sum(len(part) for part in blob)
         is_written = False
-        self._limit_snapshots(key, size_bytes)
+        if key.is_snapshot and not self._has_share(key, size_bytes):
+            self._observe(CacheEvent("dropped", "snapshot larger than its share", self.name, key.length, size_bytes))
+            return False
         with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
             if has_room:
                 self._store.put_many({key.store_key: blob}, timeout_seconds=self._timeout_seconds)
@@ -166,10 +168,14 @@ class EncodedTier:
         place(block)
         return True
 
-    def _limit_snapshots(self, key: BlockKey, size_bytes: int) -> None:
-        if key.is_snapshot and self.snapshot_limit_bytes is not None:
+    def _has_share(self, key: BlockKey, size_bytes: int) -> bool:
+        """Evict snapshots of the namespace until this one fits its share; False if it never does."""
+        if self.snapshot_limit_bytes is None:
+            return True
+        if size_bytes <= self.snapshot_limit_bytes:
             needed_bytes = self.index.snapshot_bytes(key.namespace) + size_bytes - self.snapshot_limit_bytes
             self._evict(list(self.index.snapshot_victims(key.namespace, needed_bytes, self._policy)), "snapshots")
+        return size_bytes <= self.snapshot_limit_bytes
 
     @contextlib.contextmanager
     def _room_for(self, key: BlockKey, size_bytes: int) -> Iterator[bool]:

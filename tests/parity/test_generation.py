@@ -54,35 +54,29 @@ def remember(model, store, generate, prompt, hit_tokens):
         store.flush()
 
 
-def run_with_scores(generate, model, prompt, cache, **options):
-    torch.manual_seed(7)
-    out = generate(model, prompt, cache, output_logits=True, return_dict_in_generate=True, **options)
-    return out.sequences, torch.stack(out.logits)
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode):
+def test_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode, with_logits):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     options = MODES[mode]
-    expected, expected_logits = run_with_scores(generate, model, prompt, None, **options)
+    expected, expected_logits = with_logits(model, prompt, None, **options)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
-    tokens, logits = run_with_scores(generate, model, prompt, cache, **options)
+    tokens, logits = with_logits(model, prompt, cache, **options)
     assert cache.report.cached_tokens >= hit_tokens - (3 if mode == "chunks" else 0)
     assert (logits - expected_logits).abs().max() < 1e-5
     assert torch.equal(tokens, expected)
     warm = GhostCache(model, store)
-    again, _ = run_with_scores(generate, model, prompt, warm, **options)
+    again, _ = with_logits(model, prompt, warm, **options)
     assert torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_attach_serves_code_that_makes_its_own_cache(model, store, generate, hit_tokens, mode):
+def test_attach_serves_code_that_makes_its_own_cache(model, store, generate, hit_tokens, mode, with_logits):
     prompt = random_prompt(PROMPT_TOKENS, seed=6)
-    expected, expected_logits = run_with_scores(generate, model, prompt, None, **MODES[mode])
+    expected, expected_logits = with_logits(model, prompt, None, **MODES[mode])
     remember(model, store, generate, prompt, hit_tokens)
     with attach(model, store) as attached:
-        tokens, logits = run_with_scores(generate, model, prompt, None, **MODES[mode])
+        tokens, logits = with_logits(model, prompt, None, **MODES[mode])
     assert attached.reports[0].cached_tokens == hit_tokens
     assert (logits - expected_logits).abs().max() < 1e-5
     assert torch.equal(tokens, expected)
@@ -109,7 +103,7 @@ def test_injected_bytes_are_the_stored_bytes(model, store, generate, hit_tokens)
     assert found == len(cache.layers) * 2 * -(-hit_tokens // 16)
 
 
-def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, generate, hit_tokens):
+def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, generate, hit_tokens, with_logits):
     if not hit_tokens:
         pytest.skip("nothing is cut")
     prompt = random_prompt(PROMPT_TOKENS, seed=8)
@@ -119,24 +113,24 @@ def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, gener
     stock = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompt[:, :hit_tokens], **{name: stock}, use_cache=True)
-    _, cut = run_with_scores(generate, model, prompt, stock)
+    _, cut = with_logits(model, prompt, stock)
     cache = GhostCache(model, store)
-    _, logits = run_with_scores(generate, model, prompt, cache)
+    _, logits = with_logits(model, prompt, cache)
     assert cache.report.cached_tokens == hit_tokens
     assert torch.equal(logits, cut)
 
 
 @pytest.mark.parametrize("pads", [(0, 7, 30), (3, 3, 3)])
-def test_left_padded_batches(model, store, generate, hit_tokens, pads):
+def test_left_padded_batches(model, store, generate, hit_tokens, pads, with_logits):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     ids = torch.cat(
         [torch.cat([torch.zeros(1, pad, dtype=torch.long), prompt[:, : PROMPT_TOKENS - pad]], 1) for pad in pads]
     )
     mask = (ids != 0).long()
-    expected, expected_logits = run_with_scores(generate, model, ids, None, attention_mask=mask)
+    expected, expected_logits = with_logits(model, ids, None, attention_mask=mask)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
-    tokens, logits = run_with_scores(generate, model, ids, cache, attention_mask=mask)
+    tokens, logits = with_logits(model, ids, cache, attention_mask=mask)
     coldest = min(pad + min(hit_tokens, PROMPT_TOKENS - pad) for pad in pads)
     assert cache.report.cached_tokens == max(0, min(coldest, PROMPT_TOKENS - 1) - min(pads))
     assert (logits - expected_logits).abs().max() < 1e-4
@@ -172,7 +166,7 @@ def test_a_streamer_sees_every_token(llama, store, generate):
         assert streamer.seen == [*out[0].tolist(), "end"]
 
 
-def test_bf16_is_bit_equal_to_a_run_cut_at_the_same_place(models, store, generate):
+def test_bf16_is_bit_equal_to_a_run_cut_at_the_same_place(models, store, generate, with_logits):
     model = models("llama", dtype=torch.bfloat16)
     prompt = random_prompt(PROMPT_TOKENS, seed=8)
     generate(model, prompt[:, :24], GhostCache(model, store), new=1)
@@ -181,8 +175,8 @@ def test_bf16_is_bit_equal_to_a_run_cut_at_the_same_place(models, store, generat
     stock = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompt[:, :24], **{name: stock}, use_cache=True)
-    _, cut = run_with_scores(generate, model, prompt, stock)
+    _, cut = with_logits(model, prompt, stock)
     cache = GhostCache(model, store)
-    _, logits = run_with_scores(generate, model, prompt, cache)
+    _, logits = with_logits(model, prompt, cache)
     assert cache.report.cached_tokens == 24
     assert torch.equal(logits, cut)

@@ -73,8 +73,10 @@ def test_a_report_is_one_sentence():
 def test_every_proven_type_is_in_the_parity_matrix():
     from ghostcacher.testing.models import RECIPES
 
-    assert frozenset(RECIPES) >= table.PROVEN
-    assert table.PROVEN & set(table.REFUSED) <= set(table.FIXED_IN)
+    not_proven = {"jamba", "llama with dynamic rope", "mamba", "minimax", "recurrent_gemma"}
+    assert frozenset(RECIPES) - not_proven == table.PROVEN
+    assert table.PROVEN & set(table.REFUSED) == {"inkling_text"}
+    assert "inkling_text" in table.FIXED_IN
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():

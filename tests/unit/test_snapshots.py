@@ -123,6 +123,17 @@ def test_a_namespace_has_a_limit_for_snapshots(tmp_path, where):
         assert stats.evicted > 0
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_snapshot_larger_than_its_share_displaces_nothing(tmp_path, where):
+    budgets = {"memory": None, "disk": None, where: "1MiB"}
+    with ghostcacher.open_store(tmp_path, block_tokens=16, **budgets) as store:
+        for block in (*blocks_of(chain_of(40)), snapshot_of(chain_of(40), 20)):
+            store.offer(block)
+        store.tiers[0].snapshot_limit_bytes = 100
+        assert not store.offer(snapshot_of(chain_of(40), 32))
+        assert store.match(chain_of(40), snapshots=True)[-1].key.end == 20
+
+
 def test_other_processes_find_snapshots_in_a_directory(tmp_path):
     with ghostcacher.open_store(tmp_path, memory=None, block_tokens=16) as one:
         for block in (*blocks_of(chain_of(40)), snapshot_of(chain_of(40), 20)):
