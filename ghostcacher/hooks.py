@@ -63,8 +63,9 @@ class ModelHooks:
         own: OwnDoor | None = call.cache if _is_own(call) else None
         if own is not None:
             own.in_forward += 1
-        columns = Path(self.adapter, module, door, own, call).walk(session)
-        return ((), call.without_first(columns)) if columns else None
+        path = Path(self.adapter, module, door, own, call)
+        columns = path.walk(session)
+        return ((), path.call.without_first(columns)) if columns else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Learn what the forward left in the cache, and hand it to the store."""

@@ -14,6 +14,7 @@ from transformers import Cache
 from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
 from ghostcacher.adapters.calls import Call, continues, has_plain_positions, padding, why_not
 from ghostcacher.adapters.capture import Row
+from ghostcacher.adapters.media import media_of
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
@@ -109,7 +110,10 @@ class Path:
     def _why_cold(self) -> str | None:
         if is_disabled():
             return "GHOSTCACHER_DISABLE is set"
-        return self.adapter.refusal or why_not(self.call, self.module)
+        return self.adapter.refusal or self._why_not()
+
+    def _why_not(self) -> str | None:
+        return why_not(self.call, self.module, takes_images=self.adapter.takes_images)
 
     def _run_cold(self, session: Session | None, reason: str, past: int) -> int:
         if self.own is not None and past:
@@ -123,10 +127,12 @@ class Path:
 
     def _begin(self, session: Session, past: int) -> int:
         pads = padding(self.call, 0)
-        reason = "mask with holes or right padding" if pads is None else self._why_unserved(pads)
-        if pads is None or reason:
-            return self._run_cold(session, reason or "", past)
+        if pads is None:
+            return self._run_cold(session, "mask with holes or right padding", past)
         try:
+            self._read_media()
+            if reason := self._why_unserved(pads):
+                return self._run_cold(session, reason, past)
             rows = self._rows(pads)
             have = self._keep(session, rows, past)
             served = self._fill(session, rows, have=have, base=0)
@@ -147,9 +153,15 @@ class Path:
         self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
         return columns
 
+    def _read_media(self) -> None:
+        media = media_of(self.call.arguments, self.call.input_ids, self.module.config)
+        self.call = replace(self.call, media=media)
+
     def _why_unserved(self, pads: tuple[int, ...]) -> str | None:
         if not has_plain_positions(self.call, pads, 0):
             return "custom position_ids"
+        if not self.adapter.reader.is_positioned(self.call):
+            return "no position_ids, and the model would go on from those of an earlier call"
         if any(pads) and not self.adapter.serves_padding:
             return "padded rows of this model type depend on their padding"
         if len(set(pads)) > 1 and self.adapter.has_states:
@@ -160,17 +172,21 @@ class Path:
         """Cut what the cache holds back to what ``rows`` begin with; how many columns are left."""
         if past and session.rows is not None and session.state.is_at(session.columns):
             session.capture(is_last=True)
-        have = min(session.shared_columns(rows), past, self._limit(0))
+        have = self._floor(min(session.shared_columns(rows), past, self._limit(0)))
         return session.state.cut_to(have, held=past)
 
     def _continue(self, session: Session | None, past: int) -> int:
         if session is None or session.rows is None:
             return 0
+        if not self.adapter.reader.is_positioned(self.call):
+            session.forget()
+            return 0
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
             session.note(self.call.input_ids, past)
             return 0
         pads = padding(self.call, past)
-        if why_not(self.call, self.module) or pads is None or past != session.columns:
+        is_known = pads is not None and past == session.columns and not self.call.has_media
+        if not is_known or self._why_not() or not has_plain_positions(self.call, pads or (), past):
             session.forget()
             return 0
         return self._extend(session, past)
@@ -230,7 +246,8 @@ class Path:
         lengths = {known // SNAPSHOT_STEP_TOKENS * SNAPSHOT_STEP_TOKENS, *self.door.boundaries}
         lengths.add((len(row.chain) - 1) // block_tokens * block_tokens)
         limit = self._limit(width - self.call.width)
-        stops = sorted(row.pads + n for n in lengths if n > 0 and reached < row.pads + n <= limit)
+        columns = {self._floor(row.pads + n) for n in lengths if 0 < n <= limit - row.pads}
+        stops = sorted(column for column in columns if reached < column <= limit)
         if self.adapter.goes_one_at_a_time:
             # Only a forward from the first token may be long; what follows it must be short enough to pay.
             return [] if reached else [stop for stop in stops if self._pays(stop, width)][-1:]
@@ -257,9 +274,16 @@ class Path:
         longest = self.call.width - min(pads)
         namespace = self.adapter.namespace(self.module, self.door.store.config, self.door.fingerprint, longest)
         return tuple(
-            Row(pad, self._chain(ids[pad:], namespace))
-            for pad, ids in zip(pads, self.call.input_ids.tolist(), strict=True)
+            Row(pad, self._chain(ids[pad:], namespace)) for pad, ids in zip(pads, self._keyed_ids(), strict=True)
         )
+
+    def _keyed_ids(self) -> list[list[int]]:
+        ids: list[list[int]] = self.call.input_ids.tolist()
+        return self.call.media.keyed(ids) if self.call.media else ids
+
+    def _floor(self, column: int) -> int:
+        """The last column at or before ``column`` at which the call may be cut."""
+        return self.call.media.floor(column) if self.call.media else column
 
     def _chain(self, ids: list[int], namespace: Namespace) -> PrefixChain:
         return PrefixChain.of(ids, namespace, self.door.store.config.block_tokens)
@@ -268,7 +292,8 @@ class Path:
         width, shape = base + self.call.width, self.adapter.shape
         if shape is None or (have and session.state.is_static):
             return Served(have, have)
-        served = fill(session.store, shape, session.state, rows, have=have, limit=self._limit(base), width=width)
+        limit = self._limit(base)
+        served = fill(session.store, shape, session.state, rows, have=have, limit=limit, width=width, floor=self._floor)
         if base == 0 and self.adapter.goes_one_at_a_time and not self._pays(served.columns, width):
             session.state.empty()
             return Served(0, 0)

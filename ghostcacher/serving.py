@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ghostcacher.adapters.capture import Row
@@ -12,6 +12,8 @@ from ghostcacher.adapters.state import CacheState
 from ghostcacher.index import Candidate
 from ghostcacher.keys import BlockKey
 from ghostcacher.tiers.stack import Fetched, TierStack
+
+Floor = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +51,20 @@ class _Plan:
 
 
 def fill(
-    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int
-) -> Served:
+    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
+    floor: Floor,
+) -> Served:  # fmt: skip
     """Make the cache hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
 
     A batch reaches as far as its coldest row; where layers need snapshots, as far as a length at which every row has
     one. The layers change in one step per attempt, once everything of it is verified; after an exception the caller
-    cuts them back. ``width`` is how many columns will be needed.
+    cuts them back. ``width`` is how many columns will be needed, ``floor`` the last column at or before another at
+    which the rows may be cut.
     """
-    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width)
+    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width, floor=floor)
     if served.columns < served.promised:
         # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
-        again = _attempt(store, shape, state, rows, have=served.columns, limit=limit, width=width)
+        again = _attempt(store, shape, state, rows, have=served.columns, limit=limit, width=width, floor=floor)
         if again.columns > served.columns:
             tier = "+".join(dict.fromkeys(filter(None, [*served.tier.split("+"), *again.tier.split("+")])))
             size_bytes, lossy = served.size_bytes + again.size_bytes, served.lossy or again.lossy
@@ -69,10 +73,11 @@ def fill(
 
 
 def _attempt(
-    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int
-) -> Served:
-    plans = _agreed(store, rows, limit) if state.has_states else _plans(store, rows)
-    target = min([limit, *(plan.reach(plan.candidates) for plan in plans)])
+    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
+    floor: Floor,
+) -> Served:  # fmt: skip
+    plans = _agreed(store, rows, limit, floor) if state.has_states else _plans(store, rows)
+    target = floor(min([limit, *(plan.reach(plan.candidates) for plan in plans)]))
     if target <= have:
         return Served(have, have)
     landing = Landing(state, shape, len(rows), have, width)
@@ -82,7 +87,7 @@ def _attempt(
         landing.expect(missing, plan.numbers, plan.row.pads)
         wanted.update({c.key.digest: c.key for c in missing})
     fetched = store.fetch(list(wanted.values()), shape.layout, landing.place)
-    reached = min(target, *(_reached(plan, fetched, have, target) for plan in plans))
+    reached = floor(min(target, *(_reached(plan, fetched, have, target) for plan in plans)))
     if reached <= have or (state.has_states and reached < target):
         return Served(have, target)
     for number, row in enumerate(rows):
@@ -108,14 +113,14 @@ def _match(store: TierStack, row: Row, limit: int | None) -> tuple[Candidate, ..
     return store.match(row.chain, limit_tokens=limit - row.pads, snapshots=True)
 
 
-def _agreed(store: TierStack, rows: Sequence[Row], limit: int) -> list[_Plan]:
+def _agreed(store: TierStack, rows: Sequence[Row], limit: int, floor: Floor) -> list[_Plan]:
     """Plans that all reach the same column, as state without a token axis needs; the highest such column."""
     while True:
         plans = _plans(store, rows, limit)
         reaches = {plan.reach(plan.candidates) for plan in plans}
-        if len(reaches) == 1:
+        limit = floor(min(reaches))
+        if reaches == {limit}:
             return plans
-        limit = min(reaches)
 
 
 def _reached(plan: _Plan, fetched: Fetched, have: int, target: int) -> int:

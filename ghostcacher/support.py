@@ -29,7 +29,8 @@ class Support:
     ``layers`` is the kind of each cache layer, as far as known. ``capability`` is where a stored prefix may end: at
     any token; at block ends, at the prompt's end and where prompts part; or only where a snapshot was taken.
     ``status``: ``proven`` in this version's tests, ``certified`` by a probe of this very model, ``to be certified``
-    by one at first use, or ``refused``: its prompts run cold, ``reason`` says why.
+    by one at first use, or ``refused``: its prompts run cold, ``reason`` says why. ``images`` is whether prompts with
+    images are served too.
     """
 
     model_type: str
@@ -37,12 +38,14 @@ class Support:
     capability: Capability
     status: Status
     reason: str = ""
+    images: bool = False
 
     def __str__(self) -> str:
         if self.status == "refused":
             return f"{self.model_type}: refused, {self.reason}"
         kinds = ", ".join(f"{self.layers.count(kind)} {kind}" for kind in dict.fromkeys(self.layers))
-        return f"{self.model_type}: {self.status}, reused at {self.capability} ({kinds} layers)"
+        images = ", images too" if self.images else ""
+        return f"{self.model_type}: {self.status}, reused at {self.capability} ({kinds} layers){images}"
 
 
 def supported(model: Any) -> Support:
@@ -72,7 +75,7 @@ def _of_adapter(adapter: ModelAdapter) -> Support:
     if adapter.refusal or not kinds:
         return Support(adapter.model_type, layers, "none", "refused", adapter.refusal or "not probed")
     status: Status = "proven" if adapter.model_type in table.PROVEN else "certified"
-    return Support(adapter.model_type, layers, _capability(kinds), status)
+    return Support(adapter.model_type, layers, _capability(kinds), status, images=adapter.takes_images)
 
 
 def _of_type(model_type: str) -> Support:
@@ -84,7 +87,8 @@ def _of_type(model_type: str) -> Support:
         return Support(model_type, (), "none", "refused", why)
     kinds = _kinds(config)
     status: Status = "proven" if config.get_text_config(decoder=True).model_type in table.PROVEN else "to be certified"
-    return Support(model_type, tuple(kind.name for kind in kinds), _capability(kinds), status)
+    layers, images = tuple(kind.name for kind in kinds), model_type in table.WITH_IMAGES
+    return Support(model_type, layers, _capability(kinds), status, images=images)
 
 
 def _kinds(config: Any) -> list[Kind]:

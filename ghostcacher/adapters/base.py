@@ -42,6 +42,7 @@ class ModelAdapter:
         self.shape: Shape | None = None
         self.rope: RopeRule | None = rope_rule(text_config(module))
         self.goes_one_at_a_time = self.model_type in table.ONE_AT_A_TIME
+        self.takes_images = module.config.model_type in table.WITH_IMAGES
         self.serves_padding = self.model_type not in table.NOT_IN_PADDED_BATCHES
         self.tokens_left = table.TOKENS_LEFT.get(self.model_type, 1)
         self._is_ignored = is_frequencies if self.rope else None

@@ -14,12 +14,16 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ghostcacher.adapters.media import MEDIA_ARGUMENTS, TYPE_ARGUMENTS, Media
+from ghostcacher.adapters.positions import are_plain
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _HARMLESS = frozenset({
-    "input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", "logits_to_keep", "use_cache",
-    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", *CACHE_NAMES,
+    "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position",
+    "logits_to_keep", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    *CACHE_NAMES,
 })  # fmt: skip
-_CUT_ON_LAST_AXIS = ("input_ids", "position_ids", "token_type_ids", "cache_position")
+_CUT_ON_LAST_AXIS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
 _MASK_2D = 2
 _MASK_4D = 4
 
@@ -30,6 +34,7 @@ class Call:
 
     ``unsaid_logits`` is how many last logits the caller wants if ``logits_to_keep`` does not say. ``cuts_mask`` is
     whether a 2D mask is of the call's own columns, as models without attention take it, not of all columns seen.
+    ``media`` is what was read of its images and videos.
     """
 
     arguments: Mapping[str, Any]
@@ -38,6 +43,12 @@ class Call:
     input_ids: torch.Tensor
     unsaid_logits: int = 0
     cuts_mask: bool = False
+    media: Media | None = None
+
+    @property
+    def has_media(self) -> bool:
+        """Whether the call gives images or videos, read or not."""
+        return any(not _says_nothing(self.arguments.get(name)) for name in MEDIA_ARGUMENTS)
 
     @property
     def is_tokens(self) -> bool:
@@ -64,21 +75,23 @@ class Call:
 
     def without_first(self, columns: int) -> dict[str, Any]:
         """The arguments with the first ``columns`` columns cut off; a 2D mask of all columns seen stays whole."""
-        return self._cut(slice(columns, None))
+        return self._cut(columns, self.width)
 
     def piece(self, first: int, last: int) -> dict[str, Any]:
         """The arguments of a forward over columns ``first`` to ``last`` alone; a 2D mask covers all up to there."""
-        kept = self._cut(slice(first, last))
+        kept = self._cut(first, last)
         mask = kept.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == _MASK_2D and not self.cuts_mask:
             kept["attention_mask"] = mask[:, : mask.shape[1] - self.width + last]
         return kept
 
-    def _cut(self, columns: slice) -> dict[str, Any]:
-        kept = dict(self.arguments)
+    def _cut(self, first: int, last: int) -> dict[str, Any]:
+        kept, columns = dict(self.arguments), slice(first, last)
         for name in _CUT_ON_LAST_AXIS:
             if isinstance(kept.get(name), torch.Tensor):
                 kept[name] = kept[name][..., columns]
+        if self.media is not None:
+            kept.update(self.media.between(first, last))
         mask = kept.get("attention_mask")
         if _is_prepared(mask):
             # It fits a cache that was empty: the model must build its own, from the padding alone.
@@ -97,6 +110,7 @@ class CallReader:
     def __init__(self, module: Any) -> None:
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.takes_positions = "position_ids" in self._names
+        self._remembers_positions = any(hasattr(part, "rope_deltas") for part in module.modules())
         self._takes_logits = "logits_to_keep" in self._names
         self.last_logits: Mapping[str, int] = {"logits_to_keep": 1} if self._takes_logits else {}
         self.cuts_masks = False
@@ -123,9 +137,16 @@ class CallReader:
         """
         return int(not self._takes_logits and arguments.get("return_dict") is True)
 
+    def is_positioned(self, call: Call) -> bool:
+        """Whether the call, not an earlier one, decides its positions.
 
-def why_not(call: Call, module: Any) -> str | None:
-    """Why this call must run cold, or None."""
+        Models with rope of several dimensions keep an offset of the latest media prompt, for calls that give none.
+        """
+        return not self._remembers_positions or call.arguments.get("position_ids") is not None
+
+
+def why_not(call: Call, module: Any, *, takes_images: bool) -> str | None:
+    """Why this call must run cold, or None. ``takes_images`` is whether prompts with images are served."""
     rules = (
         (not call.is_tokens, "inputs_embeds"),
         (torch.is_grad_enabled(), "gradients are on"),
@@ -135,12 +156,18 @@ def why_not(call: Call, module: Any) -> str | None:
         (module.training and _changes_in_training(module), "training with dropout or gradient checkpointing"),
     )
     broken = next((reason for is_broken, reason in rules if is_broken), None)
-    return broken or _unknown_argument(call)
+    return broken or _unknown_argument(call, module.config, takes_images=takes_images)
 
 
-def _unknown_argument(call: Call) -> str | None:
+def _unknown_argument(call: Call, config: Any, *, takes_images: bool) -> str | None:
+    known = _HARMLESS | MEDIA_ARGUMENTS if takes_images else _HARMLESS
+    if not takes_images and not hasattr(config, "type_vocab_size"):
+        # GPT-2 and its like embed even types of 0; BERT's take none for 0.
+        known = known - set(TYPE_ARGUMENTS)
     given = (name for name, value in call.arguments.items() if not _says_nothing(value))
-    unknown = next((name for name in given if name not in _HARMLESS), None)
+    unknown = next((name for name in given if name not in known), None)
+    if unknown in MEDIA_ARGUMENTS:
+        return f"images are not proven for this model type (argument {unknown!r})"
     return f"argument {unknown!r}" if unknown else None
 
 
@@ -185,15 +212,9 @@ def _real_columns(mask: Any, width: int) -> torch.Tensor | None:
 
 
 def has_plain_positions(call: Call, pads: tuple[int, ...], past: int) -> bool:
-    """Whether ``position_ids``, if given, count 0, 1, 2, … from each row's first token."""
-    positions = call.arguments.get("position_ids")
-    if positions is None:
-        return True
-    if positions.dim() != _MASK_2D or positions.shape[1] != call.width:
-        return False
-    columns = torch.arange(past, past + call.width, device=positions.device)[None]
-    expected = columns - torch.tensor(pads, device=positions.device)[:, None]
-    return bool(((positions == expected) | (expected < 0)).all())
+    """Whether ``position_ids``, if given, follow from the tokens and media of each row."""
+    spans = call.media.spans if call.media else ()
+    return are_plain(call.arguments.get("position_ids"), pads, past, call.width, spans)
 
 
 def continues(call: Call, past: int) -> bool | None:

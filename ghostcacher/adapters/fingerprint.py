@@ -71,7 +71,7 @@ def full_digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        state.update(xxhash.xxh3_128(_bytes_of(tensor)).digest())
+        state.update(xxhash.xxh3_128(bytes_of(tensor)).digest())
     return state.hexdigest()
 
 
@@ -120,10 +120,11 @@ def _sample(tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
             step = max(1, count // SAMPLED_VALUES)
             taken = tensor.as_strided((min(count, SAMPLED_VALUES),), (step,))
             by_kind[tensor.dtype, tensor.device].append(taken)
-    return tuple(_bytes_of(torch.cat(parts)).tobytes() for parts in by_kind.values())
+    return tuple(bytes_of(torch.cat(parts)).tobytes() for parts in by_kind.values())
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a plain tensor, in the order of its elements."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
     view: memoryview = flat.numpy().data
     return view

@@ -18,6 +18,11 @@ def text_config(module: Any) -> Any:
     return module.config.get_text_config(decoder=True)
 
 
+def whole_config(config: Any) -> Any:
+    """Everything a model's config says, as JSON, but where its files lie."""
+    return _plain({name: value for name, value in config.to_dict().items() if name not in _PATHS})
+
+
 def identity_fields(module: Any, weights: str, layout: str) -> dict[str, Any]:
     """Weights, whole text config, dtype, weight quantization, attention, layout and transformers version.
 
@@ -26,7 +31,7 @@ def identity_fields(module: Any, weights: str, layout: str) -> dict[str, Any]:
     config = text_config(module)
     return {
         "weights": weights,
-        "config": _plain({name: value for name, value in config.to_dict().items() if name not in _PATHS}),
+        "config": whole_config(config),
         "dtype": str(getattr(module, "dtype", "")),
         "quantization": _quantization(module.config),
         "attention": str(getattr(config, "_attn_implementation", "")),

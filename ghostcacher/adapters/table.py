@@ -58,6 +58,11 @@ FIXED_IN: Mapping[str, tuple[int, int]] = {
 NOT_IN_PADDED_BATCHES = frozenset({"deepseek_v4", "minimax_m3_vl_text"})
 """Proven types whose padded rows differ from unpadded ones even without a cache: the padding shifts their blocks."""
 
+WITH_IMAGES = frozenset({
+    "gemma3", "gemma4", "idefics3", "internvl", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm",
+})  # fmt: skip
+"""Types whose prompts with images are exact in tests/parity; those of other types run cold."""
+
 ONE_AT_A_TIME = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 """Types whose scan takes no initial state: after a prefix, more than one token at once silently starts from zero."""
 

@@ -44,6 +44,24 @@ def test_calls_that_are_not_served(llama, store, generate, reason):
     assert cache.report.cached_tokens == 0
 
 
+TOKEN_TYPES = {
+    "gpt2": ("bypass: argument 'token_type_ids'", "bypass: argument 'token_type_ids'"),
+    "bert": ("hit", "bypass: token types other than 0 outside of media"),
+}
+
+
+@pytest.mark.parametrize("model_type", TOKEN_TYPES)
+def test_token_types_change_the_state(models, store, generate, model_type):
+    """GPT-2 adds an embedding even for types of 0; to BERT none are 0."""
+    model = models(model_type)
+    warmed(model, store, generate)
+    for types, reason in enumerate(TOKEN_TYPES[model_type]):
+        given = {"token_type_ids": torch.full_like(PROMPT, types)}
+        cache = GhostCache(model, store)
+        assert torch.equal(generate(model, PROMPT, cache, **given), generate(model, PROMPT, **given))
+        assert cache.report.reason == reason
+
+
 def test_inputs_embeds(llama, store, generate):
     warmed(llama, store, generate)
     embeds = llama.get_input_embeddings()(PROMPT)
