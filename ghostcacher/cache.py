@@ -135,7 +135,7 @@ class GhostCache(DynamicCache):
             fresh = _session(self.store, self._hooks, shape.state_of(twin.layers))
             fresh.know(session.read())
             fresh.stored_columns, fresh.lossy_from = session.stored_columns, session.lossy_from
-            fresh.storable_columns = session.storable_columns
+            fresh.storable_columns, fresh.known_columns = session.storable_columns, session.known_columns
             twin._session = _begun(twin, fresh)
         return twin
 

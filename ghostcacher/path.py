@@ -72,6 +72,7 @@ class Path:
         self.own = own
         self.call = call
         self.started = time.perf_counter()
+        self.shared_columns: int | None = None
 
     def walk(self, session: Session | None) -> int:
         """Serve the call, or let it run cold, or note its tokens; how many of its columns need no computing.
@@ -138,9 +139,8 @@ class Path:
             served = self._fill(session, rows, have=have, base=0)
             is_lossy = served.lossy or (have > 0 and session.lossy_from is not None)
             session.forget()
-            session.storable_columns = self.adapter.storable_columns(_longest(rows), min(pads))
-            if session.state.is_static:
-                session.storable_columns = min(self.call.width, session.storable_columns or self.call.width)
+            session.storable_columns = self._storable_columns(session, rows)
+            session.known_columns = self.shared_columns
             self._expect(session, rows, is_lossy=is_lossy)
             columns = self._run_pieces(session, rows, served.columns, base=0)
         except UnservedError as error:
@@ -156,6 +156,12 @@ class Path:
     def _read_media(self) -> None:
         media = media_of(self.call.arguments, self.call.input_ids, self.module.config)
         self.call = replace(self.call, media=media)
+
+    def _storable_columns(self, session: Session, rows: Sequence[Row]) -> int | None:
+        limits = [self.adapter.storable_columns(_longest(rows), min(row.pads for row in rows)), self.shared_columns]
+        if session.state.is_static:
+            limits.append(self.call.width)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _why_unserved(self, pads: tuple[int, ...]) -> str | None:
         if not has_plain_positions(self.call, pads, 0):
@@ -185,7 +191,8 @@ class Path:
             session.note(self.call.input_ids, past)
             return 0
         pads = padding(self.call, past)
-        is_known = pads is not None and past == session.columns and not self.call.has_media
+        is_known = pads is not None and past == session.columns and session.known_columns is None
+        is_known = is_known and not self.call.has_media
         if not is_known or self._why_not() or not has_plain_positions(self.call, pads or (), past):
             session.forget()
             return 0
@@ -268,13 +275,17 @@ class Path:
 
     def _limit(self, base: int) -> int:
         """Columns that may come from elsewhere: enough must be left for the logits that are wanted."""
-        return base + self.call.width - max(self.call.kept_logits, self.adapter.tokens_left)
+        limit = base + self.call.width - max(self.call.kept_logits, self.adapter.tokens_left)
+        return limit if self.shared_columns is None else min(limit, self.shared_columns)
 
     def _rows(self, pads: tuple[int, ...]) -> tuple[Row, ...]:
         longest = self.call.width - min(pads)
-        namespace = self.adapter.namespace(self.module, self.door.store.config, self.door.fingerprint, longest)
+        config, mode = self.door.store.config, self.door.fingerprint
+        identity = self.adapter.identify(self.module, config, mode, longest)
+        self.shared_columns = identity.shared_columns(self.call.width, self.call.rows)
         return tuple(
-            Row(pad, self._chain(ids[pad:], namespace)) for pad, ids in zip(pads, self._keyed_ids(), strict=True)
+            Row(pad, self._chain(ids[pad:], identity.namespace))
+            for pad, ids in zip(pads, self._keyed_ids(), strict=True)
         )
 
     def _keyed_ids(self) -> list[list[int]]:

@@ -31,8 +31,9 @@ class Session:
 
     ``rows`` are the tokens read so far; ``noted`` are the ids of later columns, ``[rows, tokens]`` each, still on
     their device. ``stored_columns`` is how far state was handed to the store, ``storable_columns`` how far it may be
-    at all (None: everywhere). ``snapshots`` are copies by column that wait to be stored, ``wanted_columns`` is where
-    more are wanted.
+    at all (None: everywhere). ``known_columns`` is how far the columns are what their tokens say (None: everywhere):
+    later ones were computed with adapters that set in there. ``snapshots`` are copies by column that wait to be
+    stored, ``wanted_columns`` is where more are wanted.
     """
 
     store: TierStack
@@ -48,6 +49,7 @@ class Session:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     wanted_columns: Sequence[int] = ()
     storable_columns: int | None = None
+    known_columns: int | None = None
     lossy_from: int | None = None
     expected: Expected | None = None
     is_running_pieces: bool = False
@@ -71,7 +73,7 @@ class Session:
         self.noted = []
         self.noted_columns = self.stored_columns = 0
         self.snapshots = {}
-        self.lossy_from = self.storable_columns = None
+        self.lossy_from = self.storable_columns = self.known_columns = None
 
     def know(self, rows: Sequence[Row]) -> None:
         """The columns hold exactly these rows."""
@@ -117,7 +119,8 @@ class Session:
         held = self.read()
         if [row.pads for row in held] != [row.pads for row in rows]:
             return 0
-        return min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
+        shared = min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
+        return shared if self.known_columns is None else min(shared, self.known_columns)
 
     def take_snapshot(self, column: int) -> None:
         """The layers stand at ``column`` now: copy their state without a token axis, to be stored later."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from ghostcacher.adapters import table
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.certify import certify, pads_change_rows
-from ghostcacher.adapters.fingerprint import WeightsFingerprint
+from ghostcacher.adapters.fingerprint import Weights, WeightsFingerprint
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, text_config
 from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
@@ -20,13 +21,33 @@ from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
 from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.adapters.static import static_state
 from ghostcacher.adapters.unserved import UnservedError
-from ghostcacher.adapters.walk import walk
+from ghostcacher.adapters.walk import Activations, walk
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
 from ghostcacher.keys import Namespace
 
 _WITHOUT_ATTENTION = frozenset({"conv", "recurrent", "dummy"})
 FingerprintMode = Literal["sampled", "always"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose state a forward computes: in ``namespace``, up to where ``activations`` say that adapters set in."""
+
+    namespace: Namespace
+    activations: Activations
+
+    def shared_columns(self, width: int, rows: int) -> int | None:
+        """Leading columns of ``rows`` rows of ``width`` in the namespace; None: all.
+
+        Raises:
+            UnservedError: there are activations for another number of rows.
+        """
+        if not any(self.activations):
+            return None
+        if len(self.activations) not in {1, rows}:
+            raise UnservedError("activated LoRA for another number of rows")
+        return width - min(width, max(last or 0 for last in self.activations))
 
 
 class ModelAdapter:
@@ -48,7 +69,7 @@ class ModelAdapter:
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
-        self._known_weights: tuple[str, tuple[Any, ...]] = ("", ())
+        self._known_weights: tuple[Weights, tuple[Any, ...]] = (Weights("", ""), ())
         self._known_config: dict[str, Any] = {}
         self._known_fields: dict[str, Any] = {}
         self._known_namespaces: dict[tuple[int, str | None, str], Namespace] = {}
@@ -74,8 +95,8 @@ class ModelAdapter:
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
-    def namespace(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Namespace:
-        """Identity of everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
+    def identify(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Identity:
+        """Everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
 
         Raises:
             UnservedError: hooks on the model's layers, such as peft's for batches of mixed adapters, or adapters
@@ -89,20 +110,22 @@ class ModelAdapter:
             raise UnservedError("hooks on the model's layers")
         if found.unknown:
             raise UnservedError(f"peft parts of class {found.unknown}")
+        if any(found.activations) and self.has_states:
+            raise UnservedError("activated LoRA, and state that is valid at one length only")
         weights = self._weights.current(module, found.tensors, always=mode == "always")
         config_now = vars(text_config(module))
         if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
             self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
-            self._known_fields = identity_fields(module, weights, self.shape.layout.digest)
+            self._known_fields = identity_fields(module, weights.base, self.shape.layout.digest)
             if found.adapters:
-                self._known_fields["adapters"] = list(found.adapters)
+                self._known_fields["adapters"] = [weights.adapters, *found.adapters]
             self._known_namespaces = {}
         regime = self.rope.regime(tokens) if self.rope else ""
         tenant = (config.block_tokens, config.salt, regime)
         if tenant not in self._known_namespaces:
             fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt, "rope": regime}
             self._known_namespaces[tenant] = Namespace.of(fields)
-        return self._known_namespaces[tenant]
+        return Identity(self._known_namespaces[tenant], found.activations)
 
     @property
     def has_states(self) -> bool:

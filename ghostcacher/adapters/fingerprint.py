@@ -13,6 +13,8 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +24,22 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 SAMPLED_VALUES = 16
 
+_WRAPPED_NAMES = frozenset({"base_layer", "original_module"})
 _PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})
 _steps = itertools.count(1)
 _steps_taken = [0]
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Digests, in hexadecimal: of the model as it is without adapters, and of the adapters that peft put into it."""
+
+    base: str
+    adapters: str
+
+
 class WeightsFingerprint:
-    """The digest of one model's weights, kept up to date."""
+    """The digests of one model's weights, kept up to date."""
 
     def __init__(self, is_ignored: Callable[[str], bool] | None = None) -> None:
         """Of all tensors but the buffers whose own name ``is_ignored``."""
@@ -36,11 +47,11 @@ class WeightsFingerprint:
         self._is_ignored = is_ignored
         self._seen: tuple[object, ...] | None = None
         self._steps_seen = 0
-        self._digest = ""
+        self._digests = Weights("", "")
         self.full_digests = 0
 
-    def current(self, module: Any, tensors: Sequence[torch.Tensor], *, always: bool = False) -> str:
-        """The digest of ``module``'s weights now, in hexadecimal; ``tensors`` are those that a `walk` of it found.
+    def current(self, module: Any, tensors: Sequence[torch.Tensor], *, always: bool = False) -> Weights:
+        """The digests of ``module``'s weights now; ``tensors`` are those that a `walk` of it found.
 
         Raises:
             ValueError: weights lie on the ``meta`` device and cannot be read.
@@ -48,21 +59,29 @@ class WeightsFingerprint:
         seen = (tuple(map(_identity, tensors)), _sample(tensors))
         if always or seen != self._seen or self._steps_seen != _steps_taken[0]:
             self._steps_seen = _steps_taken[0]
-            self._digest = full_digest(dict(self._named_tensors(module)))
+            self._digests = self._full(module)
             self.full_digests += 1
             self._seen = seen
-        return self._digest
+        return self._digests
 
     def expire(self, *_: object) -> None:
         """Take the full digest at the next prompt. Fits ``register_load_state_dict_post_hook``."""
         self._seen = None
 
+    def _full(self, module: Any) -> Weights:
+        wrapped = {name for name, part in module.named_modules() if is_of_peft(part)}
+        base: dict[str, torch.Tensor] = {}
+        adapters: dict[str, torch.Tensor] = {}
+        for name, tensor in self._named_tensors(module):
+            known = _base_name(name, wrapped)
+            (base if known else adapters).update(_parts(known or name, tensor))
+        return Weights(full_digest(base), full_digest(adapters))
+
     def _named_tensors(self, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in module.named_parameters():
-            yield from _parts(name, tensor)
+        yield from module.named_parameters()
         for name, tensor in module.named_buffers():
             if not (self._is_ignored and self._is_ignored(name.rpartition(".")[2])):
-                yield from _parts(name, tensor)
+                yield name, tensor
 
 
 def full_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -73,6 +92,24 @@ def full_digest(tensors: dict[str, torch.Tensor]) -> str:
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         state.update(xxhash.xxh3_128(bytes_of(tensor)).digest())
     return state.hexdigest()
+
+
+def is_of_peft(part: object) -> bool:
+    """Whether ``part`` of a model is a layer that peft put around one of the model's own."""
+    return type(part).__module__.startswith("peft.")
+
+
+def _base_name(name: str, wrapped: AbstractSet[str]) -> str | None:
+    """The name that a tensor has without peft's wrappers, or None if it belongs to an adapter."""
+    path, kept, is_inside = "", [], False
+    for part in name.split("."):
+        if is_inside and part not in _WRAPPED_NAMES:
+            return None
+        if not is_inside:
+            kept.append(part)
+        path = f"{path}.{part}" if path else part
+        is_inside = path in wrapped
+    return ".".join(kept)
 
 
 def _watch_optimizers() -> None:

@@ -29,7 +29,7 @@ def config(**changes):
 def namespace(model, **changes):
     adapter = ModelAdapter(model)
     adapter.prepare(model)
-    return adapter.namespace(model, config(**changes), "sampled", tokens=1)
+    return adapter.identify(model, config(**changes), "sampled", tokens=1).namespace
 
 
 def other_weights(model, monkeypatch):
@@ -65,7 +65,7 @@ def other_layout(model, monkeypatch):
     adapter.prepare(model)
     shape = adapter.shape
     adapter.shape = replace(shape, layout=KVLayout(shape.layout.layers[:-1]))
-    return adapter.namespace(model, config(), "sampled", tokens=1)
+    return adapter.identify(model, config(), "sampled", tokens=1).namespace
 
 
 def other_transformers(model, monkeypatch):
