@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from transformers import Cache, DynamicCache
 
 from ghostcacher.adapters.base import FingerprintMode, base_module
@@ -94,14 +95,23 @@ class GhostCache(DynamicCache):
         self._forget_rows()
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep some rows. What the rows hold is not known afterwards."""
-        super().batch_select_indices(indices)
+        """Keep the rows with these numbers, or where a mask is True. What the rows hold is not known afterwards.
+
+        Of every kind of state: transformers' own method leaves linear and compressed state as it is, or fails.
+        """
+        if self._session is None:
+            super().batch_select_indices(indices)
+            return
+        rows = torch.as_tensor(indices)
+        self._session.state.select_rows(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
         self._forget_rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat rows. What the rows hold is not known afterwards."""
-        super().batch_repeat_interleave(repeats)
-        self._forget_rows()
+        """Repeat each row ``repeats`` times; see `batch_select_indices`."""
+        if self._session is None:
+            super().batch_repeat_interleave(repeats)
+            return
+        self.batch_select_indices(torch.arange(self._session.state.rows).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Drop what this object holds; the store keeps its own."""

@@ -87,7 +87,7 @@ class Session:
         Columns that something cut off the cache since (rejected candidates) are forgotten here too. What stands
         before ``past`` has been built upon, so every 16 columns of it are handed to the store.
         """
-        if self.rows is None or ids.shape[0] != len(self.rows) or past > self.columns or self._may_be_reordered():
+        if self.rows is None or ids.shape[0] != len(self.rows) or past > self.columns or self.may_be_reordered():
             self.forget()
             return
         self.state.forget_inputs()
@@ -121,6 +121,10 @@ class Session:
             return 0
         shared = min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
         return shared if self.known_columns is None else min(shared, self.known_columns)
+
+    def may_be_reordered(self) -> bool:
+        """Whether rows may have changed places unseen: those of a cache that is not ours, as beams do every step."""
+        return not self.is_own and self.rows is not None and len(self.rows) > 1
 
     def take_snapshot(self, column: int) -> None:
         """The layers stand at ``column`` now: copy their state without a token axis, to be stored later."""
@@ -170,12 +174,6 @@ class Session:
         size = self.store.config.block_tokens
         return max(0, tokens) // size * size
 
-    def _may_be_reordered(self) -> bool:
-        """Whether rows may have changed places unseen: beams do, under ``attach``, and they begin as equal rows."""
-        if self.is_own or self.rows is None or len(self.rows) == 1:
-            return False
-        return len({(row.pads, row.chain.tokens) for row in self.rows}) < len(self.rows)
-
     def _of_row(self, held: Sequence[Held], number: int, row: Row, end: int, *, trims_repeats: bool) -> RowCapture:
         return RowCapture.of(
             held, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
@@ -186,7 +184,7 @@ class Session:
 
 def finish(session: Session) -> None:
     """Store what a cache object held when it went away."""
-    if session.rows is not None and session.state.is_at(session.columns):
+    if session.rows is not None and not session.may_be_reordered() and session.state.is_at(session.columns):
         session.capture(is_last=True)
 
 

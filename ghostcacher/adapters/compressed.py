@@ -64,6 +64,15 @@ class CompressedStates:
         """Nothing is kept for `ago`."""
 
 
+def select_rows(layer: Any, rows: torch.Tensor) -> None:
+    """Keep these rows of every tensor; before 5.24 the layer's own ``reorder_cache`` forgets those of this kind."""
+    states = CompressedStates()
+    held = states.ago(layer, 0) or {}
+    kept = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in held.items()}
+    missing = {name: layer.keys.new_empty((0, 0)) for name, tensor in _entries(layer) if tensor is None}
+    states.restore(layer, {**kept, **missing}, layer.cumulative_length)
+
+
 def _entries(layer: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     for part in ("compressed_kv", *_BUFFERS, *_OVERLAPS):
         for entry, tensor in getattr(layer, part, {}).items():

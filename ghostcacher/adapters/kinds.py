@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ghostcacher.adapters.compressed import CompressedStates
+from ghostcacher.adapters.compressed import CompressedStates, select_rows
 from ghostcacher.adapters.full import FullSlices
 from ghostcacher.adapters.hybrid import ConvWindowLayer
 from ghostcacher.adapters.layers import GrowingLayer
@@ -45,7 +45,7 @@ CONV = Kind("conv", _conv, None, LinearStates(needs_pieces=False))
 RECURRENT = Kind("recurrent", _as_it_is, None, LinearStates())
 CONV_WINDOW = Kind("hybrid window", _conv_window, WindowSlices(), LinearStates(needs_pieces=False))
 RECURRENT_WINDOW = replace(CONV_WINDOW, states=LinearStates())
-COMPRESSED = Kind("compressed", _as_it_is, None, CompressedStates())
+COMPRESSED = Kind("compressed", _as_it_is, None, CompressedStates(), select_rows)
 DUMMY = Kind("dummy", _as_it_is)
 
 KINDS: Mapping[str, Kind] = {

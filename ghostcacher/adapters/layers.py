@@ -88,14 +88,15 @@ class GrowingLayer(DynamicLayer):
         self.frozen_tokens = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Select rows for beam search, into fresh buffers with the same room."""
+        """Select rows, any number of them, into fresh buffers with the same room."""
         tokens = self.get_seq_length()
         if not tokens or self._key_buffer is None or self._value_buffer is None:
             super().reorder_cache(beam_idx)
             return
-        keys, values = _with_room(self.keys, tokens), _with_room(self.values, tokens)
-        torch.index_select(self.keys, 0, beam_idx.to(self.keys.device), out=keys[:, :, :tokens])
-        torch.index_select(self.values, 0, beam_idx.to(self.values.device), out=values[:, :, :tokens])
+        rows = beam_idx.to(self.keys.device)
+        keys, values = _with_room(self.keys, tokens, len(rows)), _with_room(self.values, tokens, len(rows))
+        torch.index_select(self.keys, 0, rows, out=keys[:, :, :tokens])
+        torch.index_select(self.values, 0, rows, out=values[:, :, :tokens])
         self.adopt(keys, values, tokens)
 
     def _continues(self, buffer: torch.Tensor, like: torch.Tensor, start: int, end: int) -> bool:
@@ -112,6 +113,6 @@ def room_for(tokens: int) -> int:
     return tokens + max(HEADROOM_TOKENS, tokens // HEADROOM_SHARE)
 
 
-def _with_room(like: torch.Tensor, tokens: int) -> torch.Tensor:
-    rows, heads, _, dim = like.shape
-    return torch.empty((rows, heads, room_for(tokens), dim), dtype=like.dtype, device=like.device)
+def _with_room(like: torch.Tensor, tokens: int, rows: int | None = None) -> torch.Tensor:
+    given, heads, _, dim = like.shape
+    return torch.empty((rows or given, heads, room_for(tokens), dim), dtype=like.dtype, device=like.device)

@@ -96,14 +96,23 @@ class States(Protocol):
         ...
 
 
+def _reorder(layer: Any, rows: torch.Tensor) -> None:
+    layer.reorder_cache(rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of layer. ``make`` gives an empty layer of ours in place of an empty one of transformers'."""
+    """One kind of layer.
+
+    ``make`` gives an empty layer of ours in place of an empty one of transformers'; ``select`` keeps the rows of the
+    batch with the given numbers, in that order.
+    """
 
     name: LayerKind
     make: Callable[[Any], Any]
     slices: Slices | None = None
     states: States | None = None
+    select: Callable[[Any, torch.Tensor], None] = _reorder
 
     def spec(self, layer: Any) -> LayerSpec:
         """What a layer that has seen tokens holds."""

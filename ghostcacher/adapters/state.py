@@ -43,6 +43,22 @@ class CacheState:
         """Whether no layer has seen a token."""
         return all(kind.is_empty(layer) for kind, layer in self.pairs())
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that the layers hold state of; 0 if they hold none."""
+        for kind, layer in self.pairs():
+            if not kind.is_empty(layer):
+                slices = kind.slices.tensors(layer) if kind.slices else {}
+                states = (kind.states.ago(layer, 0) or {}) if kind.states else {}
+                axes = {spec.name: spec.batch_axis for spec in kind.spec(layer).tensors}
+                return next((int(t.shape[axes[n]]) for n, t in {**slices, **states}.items()), 0)
+        return 0
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep the rows with these numbers, in this order and as often as they occur, of every tensor."""
+        for kind, layer in self.pairs():
+            kind.select(layer, rows)
+
     def pairs(self) -> list[tuple[Kind, Any]]:
         """Every layer with its kind."""
         return list(zip(self.kinds, self.layers, strict=False))

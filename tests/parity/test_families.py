@@ -112,6 +112,23 @@ def test_padded_batches_answer_as_cold(recipe, model, store, generate, hit_token
         assert cache.report.cached_tokens in expected_hits(recipe, hit_tokens), cache.report
 
 
+def test_rows_selected_and_repeated_by_hand(recipe, model, store):
+    """What transformers' own methods of these names leave undone on linear and compressed layers."""
+    prompt = random_prompt(24, seed=5, rows=2)
+    cache = GhostCache(model, store)
+    run(model, prompt, cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices([3, 0])
+    cache.batch_select_indices(torch.tensor([True, True]))
+    following = random_prompt(2, seed=7, rows=2)
+    for step in range(2):
+        stepped = run(model, following[:, step : step + 1], cache, 24 + step)
+    whole = torch.cat([prompt.flip(0), following], dim=1)
+    cold = run(model, whole, DynamicCache(config=model.config))
+    tolerance = 5e-3 if model.config.model_type in LEAVES_TWO else 1e-4
+    torch.testing.assert_close(stepped, cold, atol=tolerance, rtol=0)
+
+
 def has_states(model):
     adapter = ModelAdapter(base_module(model))
     adapter.prepare(model)
