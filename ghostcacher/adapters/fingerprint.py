@@ -3,7 +3,8 @@
 Version counters alone miss fused optimizers, writes through ``.data`` and merged adapters. So at each prompt the
 identity, address, version and 16 values of every tensor are compared (about 1 ms for 272 tensors), and an
 optimizer step or ``load_state_dict`` forces the full digest (XXH3, about 25 ms for half a gigabyte). A write to a
-few values through ``.data`` or a raw pointer that touches none of the sampled ones is seen by ``always`` only.
+few values through ``.data`` or a raw pointer that touches none of the sampled ones is seen by ``always`` only, and
+so is a change of weights that accelerate offloaded to disk.
 ``state_dict()`` is never called: it damages 4-bit weights of bitsandbytes on a CPU.
 """
 
@@ -21,6 +22,8 @@ import torch
 import xxhash
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ghostcacher.adapters import offload
 
 SAMPLED_VALUES = 16
 
@@ -78,7 +81,8 @@ class WeightsFingerprint:
         return Weights(full_digest(base), full_digest(adapters))
 
     def _named_tensors(self, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from module.named_parameters()
+        for name, parameter in module.named_parameters():
+            yield name, _at_hand(module, name, parameter)
         for name, tensor in module.named_buffers():
             if not (self._is_ignored and self._is_ignored(name.rpartition(".")[2])):
                 yield name, tensor
@@ -97,6 +101,13 @@ def full_digest(tensors: dict[str, torch.Tensor]) -> str:
 def is_of_peft(part: object) -> bool:
     """Whether ``part`` of a model is a layer that peft put around one of the model's own."""
     return type(part).__module__.startswith("peft.")
+
+
+def _at_hand(module: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    if not parameter.is_meta:
+        return parameter
+    owner, _, own_name = name.rpartition(".")
+    return offload.read(module.get_submodule(owner), own_name, parameter)
 
 
 def _base_name(name: str, wrapped: AbstractSet[str]) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ghostcacher.adapters.fingerprint import is_of_peft
+from ghostcacher.adapters.offload import held_in_memory
 
 _TRUSTED = frozenset({"accelerate", "torch", "transformers"})
 _OFFSETS = "alora_offsets"
@@ -48,7 +49,7 @@ def walk(module: Any, is_ignored: Callable[[str], bool] | None = None) -> Walk:
     parts = [module]
     while parts:
         part = parts.pop()
-        tensors.extend(tensor for tensor in part._parameters.values() if tensor is not None)  # noqa: SLF001 (one pass instead of three)
+        tensors.extend(_at_hand(part))
         buffers = part._buffers  # noqa: SLF001 (one pass instead of three)
         tensors.extend(b for name, b in buffers.items() if b is not None and not (is_ignored and is_ignored(name)))
         parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
@@ -62,6 +63,17 @@ def walk(module: Any, is_ignored: Callable[[str], bool] | None = None) -> Walk:
     is_hooked = is_hooked or len(offsets) > 1
     found = tuple(adapters) if any(adapters) else ()
     return Walk(tensors, is_hooked, found, unknown, next(iter(offsets), ()))
+
+
+def _at_hand(part: Any) -> Iterator[torch.Tensor]:
+    """A part's own parameters, or what is in memory of those that accelerate offloaded."""
+    for name, parameter in part._parameters.items():  # noqa: SLF001 (one pass instead of three)
+        if parameter is None:
+            continue
+        if not parameter.is_meta:
+            yield parameter
+        elif (held := held_in_memory(part, name)) is not None:
+            yield held
 
 
 def _adapter_state(part: Any) -> list[Any] | None:
