@@ -164,19 +164,3 @@ def test_a_streamer_sees_every_token(llama, store, generate):
         streamer = Tokens()
         out = generate(llama, prompt, GhostCache(llama, store), streamer=streamer)
         assert streamer.seen == [*out[0].tolist(), "end"]
-
-
-def test_bf16_is_bit_equal_to_a_run_cut_at_the_same_place(models, store, generate, with_logits):
-    model = models("llama", dtype=torch.bfloat16)
-    prompt = random_prompt(PROMPT_TOKENS, seed=8)
-    generate(model, prompt[:, :24], GhostCache(model, store), new=1)
-    store.flush()
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    stock = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(prompt[:, :24], **{name: stock}, use_cache=True)
-    _, cut = with_logits(model, prompt, stock)
-    cache = GhostCache(model, store)
-    _, logits = with_logits(model, prompt, cache)
-    assert cache.report.cached_tokens == 24
-    assert torch.equal(logits, cut)
