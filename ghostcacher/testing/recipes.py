@@ -113,7 +113,16 @@ OTHERS: Mapping[str, Fields] = {
     "axk1": _LATENT, "deepseek_v2": _LATENT, "glm4_moe_lite": _LATENT, "longcat_flash": _LATENT,
     "minicpm3": _LATENT, "sarvam_mla": _LATENT, "youtu": _LATENT,
     "axk2": _LATENT, "glm_moe_dsa": _LATENT, "hy_v4": _LATENT, "dots3_note_text": _LATENT,
-    "dots3_note": {"text_config": {**_LATENT, "num_key_value_heads": 4}},
+    "dots3_note": {
+        "text_config": {**_LATENT, "num_key_value_heads": 4},
+        "vision_config": {
+            "per_layer_config": {}, "mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64,
+        },
+        "audio_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "adapter_input_size": 32, "adapter_output_size": 64,
+        },
+    },
     "bailing_hybrid": {**_LATENT, **_LINEAR}, "kimi_linear": {**_LATENT, **_LINEAR},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": _LINEAR,

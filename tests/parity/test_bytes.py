@@ -51,7 +51,7 @@ def test_what_is_injected_is_what_the_file_says(model, store, generate, tmp_path
     assert served.columns == CUT
     taken = {CUT: state.snapshot()} if state.has_states else {}
     injected = RowCapture.of(state.frozen(), adapter.shape.layout, 0, Row(0, chain), (), CUT, snapshots=taken)
-    keys = [key for key in injected.keys() if key.is_snapshot or adapter.shape.layout.groups]
+    keys = [key for key in list(injected.keys()) if key.is_snapshot or adapter.shape.layout.groups]
     assert keys
     for key in keys:
         (file,) = tmp_path.rglob(f"{key.digest.hex()}.safetensors")
