@@ -201,3 +201,20 @@ def test_activated_lora_over_recurrent_state_runs_cold(memory_store, with_logits
     cache = GhostCache(model, memory_store)
     assert served(model, memory_store, with_logits, invoked(PROMPT), cache) == 0
     assert cache.report.reason.startswith("bypass: activated LoRA")
+
+
+def test_other_adapter_weights_are_another_model(adapted, store, generate):
+    answer(adapted, generate, GhostCache(adapted, store))
+    store.flush()
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B.one" in name).mul_(1.5)
+    cache = GhostCache(adapted, store)
+    assert torch.equal(answer(adapted, generate, cache), answer(adapted, generate))
+    assert cache.report.cached_tokens == 0
+
+
+def test_chunks_of_an_activated_prompt_are_not_taken_from_the_base_model(activated, store, with_logits):
+    """peft counts its offset from the end of each chunk; whatever that gives cold, it must give here."""
+    ids, bare = invoked(PROMPT), tiny_model("llama")
+    served(bare, store, with_logits, torch.cat([ids, random_prompt(4, seed=9)], 1))
+    served(activated, store, with_logits, ids, prefill_chunk_size=16)
