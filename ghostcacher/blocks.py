@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Literal, Self
@@ -24,8 +24,10 @@ LayerKind = Literal[
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int64)
-}
+    for dtype in (
+        torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,31 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """How keys are turned by position (RoPE, https://arxiv.org/abs/2104.09864).
+
+    Pair n of a key at position p is turned by p times ``frequencies[n]``. Pairs are channels n and n + half of those
+    that are turned, or, ``interleaved``, 2 n and 2 n + 1; channels beyond stay as they are.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+
+    def turned(self, keys: torch.Tensor, start: int, *, back: bool) -> torch.Tensor:
+        """Turn fp32 ``keys`` ``[…, tokens, channels]`` from position ``start`` on, or turn them ``back``; in place."""
+        pairs = len(self.frequencies)
+        positions = torch.arange(start, start + keys.shape[-2], dtype=torch.float32, device=keys.device)
+        angles = positions[:, None] * torch.tensor(self.frequencies, device=keys.device)
+        cosine, sine = angles.cos(), angles.sin() * (-1 if back else 1)
+        part = keys[..., : 2 * pairs]
+        first, second = (part[..., ::2], part[..., 1::2]) if self.interleaved else torch.split(part, pairs, dim=-1)
+        turned = first * cosine - second * sine
+        second.mul_(cosine).addcmul_(first, sine)
+        first.copy_(turned)
+        return keys
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer of a model's cache: its kind of state and its tensors."""
 
@@ -108,9 +135,13 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What one block of a model's cache consists of, layer by layer."""
+    """What one block of a model's cache consists of, layer by layer.
+
+    ``rotation`` is how keys are turned, if all are turned alike: for codecs, no part of the layout's identity.
+    """
 
     layers: tuple[LayerSpec, ...]
+    rotation: Rotation | None = field(default=None, compare=False)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, head_dim: int, dtype: str = "float32") -> Self:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.kinds import kind_of, settled
 from ghostcacher.adapters.parts import Kind
+from ghostcacher.adapters.rotation import PROBE_TOKENS, rotation_of
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.blocks import KVLayout
 from ghostcacher.errors import UnsupportedModelError
@@ -53,9 +54,9 @@ class Shape:
 
 
 def shape_of(module: Any) -> Shape:
-    """Run a token through a fresh cache and look at what it holds. Changes neither model nor random state.
+    """Run a few equal tokens through a fresh cache and look at it. Changes neither model nor random state.
 
-    Compressed layers need as many tokens as make their first entry.
+    Compressed layers need as many tokens as make their first entry; how keys are turned shows in eight.
 
     Raises:
         UnsupportedModelError: a layer's class is not known, or the model appends layers that cannot be made anew.
@@ -64,14 +65,15 @@ def shape_of(module: Any) -> Shape:
     cache = DynamicCache(config=module.config)
     stock = len(cache.layers)
     cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
-    tokens = 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0)
+    tokens = max(PROBE_TOKENS, 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0))
     run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
     kinds = [settled(layer) for layer in cache.layers]
     extra = cache.layers[stock:]
     if any(kind.make(layer) is layer for kind, layer in zip(kinds[stock:], extra, strict=True)):
         raise UnsupportedModelError("its forward appends cache layers of a class that cannot be made anew")
     pairs = list(zip(kinds, cache.layers, strict=True))
-    layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs))
+    keys = [kind.slices.tensors(layer)["keys"] for kind, layer in pairs if kind.slices and kind.name != "latent"]
+    layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs), rotation_of(module, keys))
     return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(extra))
 
 

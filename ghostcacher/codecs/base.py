@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
-from ghostcacher.blocks import TensorGroup
+from ghostcacher.blocks import KVLayout, TensorGroup, sizing_tokens
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.keys import BlockKey
 
 SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int8": "I8", "uint8": "U8",
+    "int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Which tokens a block holds: ``tokens`` of them, the first at position ``start``.
+
+    Of a snapshot, all tokens before its end: they size what it holds.
+    """
+
+    start: int
+    tokens: int
+
+    @classmethod
+    def of(cls, key: BlockKey) -> Self:
+        """The piece that is stored under ``key``."""
+        return cls(0 if key.is_snapshot else key.start, sizing_tokens(key))
 
 
 class TensorCodec(Protocol):
@@ -26,11 +44,18 @@ class TensorCodec(Protocol):
         """What `ghostcacher.codecs.registry.codec_from` needs to build an equal codec, as JSON."""
         ...
 
-    def fields(self, group: TensorGroup, tokens: int) -> tuple[TensorField, ...]:
-        """Names, dtypes and shapes that `encode` gives for a block of ``tokens`` tokens; never empty tensors."""
+    def for_layout(self, layout: KVLayout) -> TensorCodec:
+        """The codec as it codes blocks of ``layout``: what it takes from there is among its parameters."""
         ...
 
-    def encode(self, group: TensorGroup, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
+        """Names, dtypes and shapes that `encode` gives for a block of ``piece``.
+
+        A tensor of one axis whose size follows from the values has the shape ``(VARIABLE,)``.
+        """
+        ...
+
+    def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
         """Tensors by field name, for ``tensor`` ``[layers, *spec.shape]``. Does not change ``tensor``.
 
         Raises:
@@ -38,6 +63,10 @@ class TensorCodec(Protocol):
         """
         ...
 
-    def decode(self, group: TensorGroup, tokens: int, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[layers, *spec.shape]`` in the layout's dtype; may share memory with ``parts``."""
+    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[layers, *spec.shape]`` in the layout's dtype; may share memory with ``parts``.
+
+        Raises:
+            BlockError: ``frame``: a part is not what this codec writes.
+        """
         ...

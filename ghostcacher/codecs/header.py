@@ -29,7 +29,10 @@ _DATA_AT_LEAST = _DIGEST_AT + DIGEST_CHARS
 _BLANK_DIGEST = b"0" * DIGEST_CHARS
 _HEX_DIGEST_CHARS = 64
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
+
+VARIABLE = -1
+"""Stands for a size that follows from the values in a codec's `TensorField`; never in a header."""
 
 Buffer = bytes | bytearray | memoryview
 

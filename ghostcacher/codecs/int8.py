@@ -1,35 +1,36 @@
-"""``int8``: 8.5 bits a value, uniform codes with per-group scale and minimum.
+"""``int8``: 8.5 bits a value, uniform codes between the minimum and the maximum of each group.
 
-Keys carry position (they are stored after rope) and have large single channels, so they are grouped along tokens:
-64 tokens of one channel. Values are grouped along channels: one token of one head, cut at 64 channels when wider
-(KIVI, arXiv 2402.02750, found the same split). A code is round((x - minimum) / scale) against scale and minimum as
-rounded to bf16. Tokens after the last whole run of 64 keep the model's dtype until their group is full: no value is
-coded twice (coding what was decoded may move it by another step, as the rounded scale need not reach code 255).
+A value is rounded to bf16 first, so that both ends of a group are bf16 numbers that occur in it and take the first
+and the last code exactly. Coding what was decoded therefore gives the same bytes. See `grouping` for the groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from ghostcacher.blocks import TOKENS, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES
+from ghostcacher.blocks import KVLayout, TensorGroup
+from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.grouping import (
+    check_finite,
+    coded_tokens,
+    end_dtype,
+    grid,
+    group_axis,
+    grouped,
+    rest_fields,
+)
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.errors import BlockError
 
-GROUP_TOKENS = 64
-GROUP_CHANNELS = 64
 STEPS = 255
-_FLOATS = frozenset({"float32", "float16", "bfloat16"})
-_PER_HEAD_RANK = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Codec:
-    """Eight bits a value. Lossy: KL about 3e-5 nats a token on a 135M model in fp32."""
+    """Eight bits a value. Lossy: see docs/quantisation.md for what it costs."""
 
     name: ClassVar[str] = "int8"
     lossy: ClassVar[bool] = True
@@ -38,89 +39,61 @@ class Int8Codec:
         """None: the definition has no free choice."""
         return {}
 
-    def fields(self, group: TensorGroup, tokens: int) -> tuple[TensorField, ...]:
-        """Codes ``[layers, heads, tokens, channels]`` U8, scale and minimum BF16, and the open group's rest.
+    def for_layout(self, layout: KVLayout) -> Self:
+        """See `TensorCodec.for_layout`."""
+        return self
 
-        Scale and minimum are ``[layers, heads, token groups, channels]`` for keys and
-        ``[layers, heads, tokens, channel groups]`` for values. Tensors that are neither are stored as they are.
-        """
-        dtype = SAFETENSORS_DTYPES[group.spec.dtype]
-        coded = coded_tokens(group, tokens)
+    def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
+        """Codes ``[layers, heads, tokens, channels]`` U8, ends of the groups BF16 (see `grid`), and the rest."""
+        coded = coded_tokens(group, piece)
         if not coded:
-            return (TensorField(f"{group.name}.rest", dtype, group.shape(tokens)),)
-        layers, heads, _, channels = group.shape(coded)
-        grid = (
-            (layers, heads, coded // GROUP_TOKENS, channels)
-            if group.spec.name == "keys"
-            else (layers, heads, coded, channels // _value_group(channels))
+            return rest_fields(group, piece, 0)
+        ends, dtype = grid(group, coded), "F16" if end_dtype(group) is torch.float16 else "BF16"
+        return (
+            TensorField(f"{group.name}.maximum", dtype, ends),
+            TensorField(f"{group.name}.minimum", dtype, ends),
+            TensorField(f"{group.name}.codes", "U8", group.shape(coded)),
+            *rest_fields(group, piece, coded),
         )
-        parts = [
-            TensorField(f"{group.name}.scale", "BF16", grid),
-            TensorField(f"{group.name}.minimum", "BF16", grid),
-            TensorField(f"{group.name}.codes", "U8", (layers, heads, coded, channels)),
-        ]
-        if coded < tokens:
-            parts.append(TensorField(f"{group.name}.rest", dtype, group.shape(tokens - coded)))
-        return tuple(parts)
 
-    def encode(self, group: TensorGroup, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Codes, scale, minimum and rest; see `fields`.
+    def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
+        """Codes, ends and rest; see `fields`.
 
         Raises:
             BlockError: ``nonfinite``: NaN, infinity, or a range that overflows.
         """
-        tokens = tensor.shape[-2] if group.spec.token_axis is not None else 0
-        coded = coded_tokens(group, tokens)
+        coded = coded_tokens(group, piece)
         if not coded:
             return {f"{group.name}.rest": tensor}
-        values = _grouped(group, tensor[..., :coded, :].float())
-        axis = _reduced_axis(group)
-        minimum = values.amin(axis, keepdim=True).bfloat16()
-        scale = ((values.amax(axis, keepdim=True) - values.amin(axis, keepdim=True)) / STEPS).bfloat16()
-        if not bool(torch.isfinite(minimum).all() & torch.isfinite(scale).all()):
-            raise BlockError("nonfinite", f"{group.name} holds NaN, infinity or a range beyond float32")
-        step = torch.where(scale == 0, 1.0, scale.float())
-        codes = ((values - minimum.float()) / step).round_().clamp_(0, STEPS).to(torch.uint8)
+        values = grouped(group, tensor[..., :coded, :].to(end_dtype(group)).float())
+        axis = group_axis(group)
+        minimum, maximum = values.aminmax(dim=axis, keepdim=True)
+        step = (maximum - minimum) / STEPS
+        check_finite(group, step)
+        step[step == 0] = 1.0
+        codes = values.sub_(minimum).div_(step).round_().to(torch.uint8)
         parts = {
-            f"{group.name}.scale": scale.squeeze(axis),
-            f"{group.name}.minimum": minimum.squeeze(axis),
+            f"{group.name}.maximum": maximum.squeeze(axis).to(end_dtype(group)),
+            f"{group.name}.minimum": minimum.squeeze(axis).to(end_dtype(group)),
             f"{group.name}.codes": codes.view(tensor[..., :coded, :].shape),
         }
-        if coded < tokens:
+        if coded < piece.tokens:
             parts[f"{group.name}.rest"] = tensor[..., coded:, :]
         return parts
 
-    def decode(self, group: TensorGroup, tokens: int, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Code x scale + minimum in fp32, then the layout's dtype; the rest as it was."""
-        coded = coded_tokens(group, tokens)
+    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Code x step + minimum in fp32, then the layout's dtype; the rest as it was."""
+        coded = coded_tokens(group, piece)
         if not coded:
-            return parts[f"{group.name}.rest"].view(group.shape(tokens))
-        axis = _reduced_axis(group)
-        values = _grouped(group, parts[f"{group.name}.codes"]).float()
-        values.mul_(parts[f"{group.name}.scale"].unsqueeze(axis)).add_(parts[f"{group.name}.minimum"].unsqueeze(axis))
-        exact = values.view(group.shape(coded)).to(group.spec.torch_dtype)
-        return exact if coded == tokens else torch.cat([exact, parts[f"{group.name}.rest"]], dim=-2)
-
-
-def coded_tokens(group: TensorGroup, tokens: int) -> int:
-    """How many leading tokens of a block are coded: whole groups of 64 of floating keys and values, else none."""
-    spec = group.spec
-    is_known = spec.name in {"keys", "values"} and spec.dtype in _FLOATS
-    is_per_head = len(spec.shape) == _PER_HEAD_RANK and spec.shape[1] == TOKENS
-    return tokens // GROUP_TOKENS * GROUP_TOKENS if is_known and is_per_head else 0
-
-
-def _value_group(channels: int) -> int:
-    return GROUP_CHANNELS if channels > GROUP_CHANNELS and channels % GROUP_CHANNELS == 0 else channels
-
-
-def _grouped(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:
-    layers, heads, tokens, channels = tensor.shape
-    if group.spec.name == "keys":
-        return tensor.reshape(layers, heads, tokens // GROUP_TOKENS, GROUP_TOKENS, channels)
-    size = _value_group(channels)
-    return tensor.reshape(layers, heads, tokens, channels // size, size)
-
-
-def _reduced_axis(group: TensorGroup) -> int:
-    return -2 if group.spec.name == "keys" else -1
+            return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
+        axis = group_axis(group)
+        minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
+        step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / STEPS
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        codes = grouped(group, parts[f"{group.name}.codes"])
+        for layer in range(len(group.layers)):
+            values = codes[layer].float().mul_(step[layer]).add_(minimum[layer])
+            decoded[layer, :, :coded] = values.view(decoded[layer, :, :coded].shape)
+        if coded < piece.tokens:
+            decoded[:, :, coded:] = parts[f"{group.name}.rest"]
+        return decoded

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from ghostcacher.blocks import TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES
+from ghostcacher.blocks import KVLayout, TensorGroup
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
 from ghostcacher.codecs.header import TensorField
 
 
@@ -24,14 +24,18 @@ class RawCodec:
         """None."""
         return {}
 
-    def fields(self, group: TensorGroup, tokens: int) -> tuple[TensorField, ...]:
-        """One tensor, ``[layers, *spec.shape]``."""
-        return (TensorField(group.name, SAFETENSORS_DTYPES[group.spec.dtype], group.shape(tokens)),)
+    def for_layout(self, layout: KVLayout) -> Self:
+        """See `TensorCodec.for_layout`."""
+        return self
 
-    def encode(self, group: TensorGroup, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
+        """One tensor, ``[layers, *spec.shape]``."""
+        return (TensorField(group.name, SAFETENSORS_DTYPES[group.spec.dtype], group.shape(piece.tokens)),)
+
+    def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
         """The tensor itself."""
         return {group.name: tensor}
 
-    def decode(self, group: TensorGroup, tokens: int, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself; shares memory with ``parts``."""
-        return parts[group.name].view(group.shape(tokens))
+        return parts[group.name].view(group.shape(piece.tokens))

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ghostcacher.codecs.base import TensorCodec
+from ghostcacher.codecs.bf16 import Bf16Codec
+from ghostcacher.codecs.ec import EntropyCodec
+from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.errors import ConfigurationError
 
-CODECS: Mapping[str, Callable[..., TensorCodec]] = {"raw": RawCodec, "int8": Int8Codec}
+CODECS: Mapping[str, Callable[..., TensorCodec]] = {
+    "bf16": Bf16Codec, "ec": EntropyCodec.of, "int4": Int4Codec, "int8": Int8Codec, "raw": RawCodec,
+    "raw.z": PlaneCodec,
+}  # fmt: skip
+_SPOKEN = re.compile(r"(?P<name>[a-z0-9_.]+)(?:\((?P<number>[0-9.eE+-]+)\))?")
 
 
-def codec_named(name: str) -> TensorCodec:
-    """The codec that ``name`` stands for.
+def codec_named(text: str) -> TensorCodec:
+    """The codec that ``text`` stands for: a name, and for some a number, such as ``"ec(0.25)"``.
 
     Raises:
-        ConfigurationError: no codec of that name.
+        ConfigurationError: no codec of that name, or not with that number.
+        MissingExtraError: it needs a package that is not installed.
     """
-    if name not in CODECS:
-        raise ConfigurationError(f"codec={name!r} is unknown; choose one of {', '.join(sorted(CODECS))}")
-    return CODECS[name]()
+    spoken = _SPOKEN.fullmatch(text)
+    if spoken is None or spoken["name"] not in CODECS:
+        raise ConfigurationError(f"codec={text!r} is unknown; choose one of {', '.join(sorted(CODECS))}")
+    try:
+        numbers = [float(spoken["number"])] if spoken["number"] else []
+        return CODECS[spoken["name"]](*numbers)
+    except (TypeError, ValueError) as error:
+        needs = "needs a number, such as ec(0.25)" if not spoken["number"] else "takes no such number"
+        raise ConfigurationError(f"codec={text!r}: {spoken['name']} {needs}") from error
 
 
 def codec_from(record: Mapping[str, Any]) -> TensorCodec:

@@ -6,15 +6,16 @@ checks structure, not values. The header is rebuilt from what the reader expects
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from ghostcacher.blocks import DTYPES, KVBlock, KVLayout, sizing_tokens
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, TensorCodec
+from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
+    VARIABLE,
     BlockHeader,
     Buffer,
     TensorField,
@@ -24,7 +25,7 @@ from ghostcacher.codecs.header import (
     sealed,
 )
 from ghostcacher.codecs.registry import codec_from, record_of
-from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.keys import BlockKey
 
 _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items()}
@@ -44,21 +45,17 @@ class CodecChain:
         """
         if not block.has_expected_shape():
             raise BlockError("geometry", "the block's tensors do not have the shapes of its layout")
+        codec, piece = self.codec.for_layout(block.layout), Piece.of(block.key)
         tensors: dict[str, torch.Tensor] = {}
         for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
-            tensors.update(self.codec.encode(group, tensor))
+            tensors.update(codec.encode(group, tensor, piece))
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         header = BlockHeader(
-            block.key, block.layout.digest, record_of(self.codec), block.lossy or self.codec.lossy, model,
-            blob_fields(self.codec, block.layout, block.key),
+            block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,
+            blob_fields(codec, block.layout, block.key, sizes),
         )  # fmt: skip
         parts = [_bytes_of(tensors[field.name]) for field in header.fields]
         return [sealed(header.render(), parts), *parts]
-
-    def blob_bytes(self, layout: KVLayout, key: BlockKey, *, model: str = "") -> int:
-        """Exact size of the blob that `encode` would give."""
-        fields = blob_fields(self.codec, layout, key)
-        header = BlockHeader(key, layout.digest, record_of(self.codec), self.codec.lossy, model, fields)
-        return len(header.render()) + header.data_bytes
 
 
 def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False) -> KVBlock:
@@ -76,9 +73,12 @@ def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bo
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
         codec = codec_from(claimed.codec)
-    except ConfigurationError as error:
+    except (ConfigurationError, MissingExtraError) as error:
         raise BlockError("codec", str(error)) from error
-    fields = blob_fields(codec, layout, key)
+    if codec.lossy and not claimed.lossy:
+        raise BlockError("geometry", "a lossy codec in a block that says it is exact")
+    claims = {field.name: field.shape[0] for field in claimed.fields if len(field.shape) == 1}
+    fields = blob_fields(codec, layout, key, claims)
     expected = claimed.expecting(key, layout.digest, fields)
     end = header_bytes(blob)
     if expected.render() != blanked(memoryview(blob)[:end]) or len(blob) != end + expected.data_bytes:
@@ -87,10 +87,18 @@ def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bo
     return _assembled(blob, end, codec, key, layout, claimed, fields)
 
 
-def blob_fields(codec: TensorCodec, layout: KVLayout, key: BlockKey) -> tuple[TensorField, ...]:
-    """Every tensor of a blob in storing order: widest dtype first, so that each begins aligned."""
-    tokens = sizing_tokens(key)
-    fields = [field for group in layout.groups_of(key) for field in codec.fields(group, tokens)]
+def blob_fields(
+    codec: TensorCodec, layout: KVLayout, key: BlockKey, sizes: Mapping[str, int]
+) -> tuple[TensorField, ...]:
+    """Every tensor of a blob in storing order: widest dtype first, so that each begins aligned.
+
+    ``sizes`` are those of tensors whose size follows from the values.
+    """
+    piece = Piece.of(key)
+    fields = [
+        replace(field, shape=(max(0, sizes.get(field.name, 0)),)) if VARIABLE in field.shape else field
+        for group in layout.groups_of(key) for field in codec.fields(group, piece)
+    ]  # fmt: skip
     return tuple(sorted(fields, key=lambda field: (-ITEM_BYTES[field.dtype], field.name)))
 
 
@@ -106,7 +114,7 @@ def _assembled(
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
         parts[field.name] = flat.view(field.shape)
         offset += field.size_bytes
-    tensors = tuple(codec.decode(group, sizing_tokens(key), parts) for group in layout.groups_of(key))
+    tensors = tuple(codec.decode(group, Piece.of(key), parts) for group in layout.groups_of(key))
     return KVBlock(key, layout, tensors, lossy=header.lossy)
 
 

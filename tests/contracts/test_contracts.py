@@ -6,7 +6,11 @@ import uuid
 
 import pytest
 
+from ghostcacher.codecs.bf16 import Bf16Codec
+from ghostcacher.codecs.ec import EntropyCodec
+from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.errors import StoreError
@@ -96,6 +100,46 @@ class TestInt8Codec(CodecContract):
     @pytest.fixture
     def codec(self):
         return Int8Codec()
+
+
+class TestBf16Codec(CodecContract):
+    relative_error = 2**-8
+
+    @pytest.fixture
+    def codec(self):
+        return Bf16Codec()
+
+
+class TestInt4Codec(CodecContract):
+    # A range of twice the largest value, half of one of 15 steps, and bf16's rounding.
+    relative_error = 1 / 15 + 2**-7
+
+    @pytest.fixture
+    def codec(self):
+        return Int4Codec()
+
+
+class TestPlaneCodec(CodecContract):
+    @pytest.fixture
+    def codec(self):
+        return PlaneCodec()
+
+
+class TestEntropyCodec(CodecContract):
+    # Half a step of 0.25 spreads, or an escape in bf16.
+    relative_error = 0.125 + 2**-7
+
+    @pytest.fixture
+    def codec(self):
+        return EntropyCodec.of(0.25)
+
+
+class TestEntropyCodecOfPairs(CodecContract):
+    relative_error = 0.5 + 2**-7
+
+    @pytest.fixture
+    def codec(self):
+        return EntropyCodec.of(1.0, [1.0, 0.1, 0.01], interleaved=True)
 
 
 class TestLeastRecentlyUsed(PolicyContract):

@@ -1,0 +1,137 @@
+"""``int4``: 4.5 bits a value, as `int8` with 15 steps, two codes to a byte; the first 4 tokens of a prefix in bf16.
+
+A byte of keys holds tokens t (low) and t + 32 (high) of one channel, one of values the channels d and d + half of a
+group, so that unpacking writes two runs. The first 4 tokens take no part in their groups' ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ghostcacher.blocks import KVLayout, TensorGroup
+from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.grouping import (
+    check_finite,
+    coded_tokens,
+    end_dtype,
+    grid,
+    group_axis,
+    grouped,
+    rest_fields,
+    sink_tokens,
+    value_group,
+)
+from ghostcacher.codecs.header import TensorField
+
+STEPS = 15
+_HIGH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Codec:
+    """Four bits a value. Lossy: see docs/quantisation.md for what it costs."""
+
+    name: ClassVar[str] = "int4"
+    lossy: ClassVar[bool] = True
+
+    def parameters(self) -> dict[str, Any]:
+        """None: the definition has no free choice."""
+        return {}
+
+    def for_layout(self, layout: KVLayout) -> Self:
+        """See `TensorCodec.for_layout`."""
+        return self
+
+    def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
+        """Codes U8, two to a byte (half the tokens of keys, half the channels of values), ends BF16, sinks, rest."""
+        coded = _coded(group, piece)
+        if not coded:
+            return rest_fields(group, piece, 0)
+        ends, sinks = grid(group, coded), sink_tokens(piece, coded)
+        dtype = "F16" if end_dtype(group) is torch.float16 else "BF16"
+        return (
+            TensorField(f"{group.name}.maximum", dtype, ends),
+            TensorField(f"{group.name}.minimum", dtype, ends),
+            *([TensorField(f"{group.name}.sinks", dtype, group.shape(sinks))] if sinks else []),
+            TensorField(f"{group.name}.codes", "U8", _packed_shape(group, coded)),
+            *rest_fields(group, piece, coded),
+        )
+
+    def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
+        """Codes, ends, sinks and rest; see `fields`.
+
+        Raises:
+            BlockError: ``nonfinite``: NaN, infinity, or a range that overflows.
+        """
+        coded = _coded(group, piece)
+        if not coded:
+            return {f"{group.name}.rest": tensor}
+        rounded = tensor[..., :coded, :].to(end_dtype(group))
+        axis, sinks = group_axis(group), sink_tokens(piece, coded)
+        values = rounded.float()
+        if sinks:
+            # A value of its own group in their place: they must not widen it, and code the same when coded again.
+            values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.name == "keys" else 0.0
+        values = grouped(group, values)
+        minimum, maximum = values.aminmax(dim=axis, keepdim=True)
+        step = (maximum - minimum) / STEPS
+        check_finite(group, step, rounded[..., :sinks, :])
+        step[step == 0] = 1.0
+        codes = values.sub_(minimum).div_(step).round_().to(torch.uint8)
+        low, high = codes.chunk(2, dim=axis)
+        parts = {
+            f"{group.name}.maximum": maximum.squeeze(axis).to(end_dtype(group)),
+            f"{group.name}.minimum": minimum.squeeze(axis).to(end_dtype(group)),
+            f"{group.name}.codes": (low + high * _HIGH).reshape(_packed_shape(group, coded)),
+        }
+        if sinks:
+            parts[f"{group.name}.sinks"] = rounded[..., :sinks, :]
+        if coded < piece.tokens:
+            parts[f"{group.name}.rest"] = tensor[..., coded:, :]
+        return parts
+
+    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Code x step + minimum in fp32, then the layout's dtype; sinks and rest as they were."""
+        coded = _coded(group, piece)
+        if not coded:
+            return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
+        axis, sinks = group_axis(group), sink_tokens(piece, coded)
+        minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
+        step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / STEPS
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        packed = parts[f"{group.name}.codes"].view(_unflattened(group, coded))
+        for layer in range(len(group.layers)):
+            codes = torch.cat([packed[layer] % _HIGH, packed[layer] // _HIGH], dim=axis)
+            values = codes.float().mul_(step[layer]).add_(minimum[layer])
+            decoded[layer, :, :coded] = values.view(decoded[layer, :, :coded].shape)
+        if sinks:
+            decoded[:, :, :sinks] = parts[f"{group.name}.sinks"]
+        if coded < piece.tokens:
+            decoded[:, :, coded:] = parts[f"{group.name}.rest"]
+        return decoded
+
+
+def _coded(group: TensorGroup, piece: Piece) -> int:
+    """As `coded_tokens`; none of values with an odd number of channels, which do not pair."""
+    coded = coded_tokens(group, piece)
+    return coded if coded and group.shape(coded)[-1] % 2 == 0 else 0
+
+
+def _packed_shape(group: TensorGroup, coded: int) -> tuple[int, ...]:
+    layers, heads, tokens, channels = group.shape(coded)
+    if group.spec.name == "keys":
+        return layers, heads, tokens // 2, channels
+    return layers, heads, tokens, channels // 2
+
+
+def _unflattened(group: TensorGroup, coded: int) -> tuple[int, ...]:
+    """`_packed_shape` with each group's bytes along an axis of its own."""
+    layers, heads, tokens, channels = group.shape(coded)
+    if group.spec.name == "keys":
+        return layers, heads, tokens // 64, 32, channels
+    size = value_group(channels)
+    return layers, heads, tokens, channels // size, size // 2
