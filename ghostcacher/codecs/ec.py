@@ -3,7 +3,8 @@
 One step for all keys, or values, of a layer: ``c`` times the root mean square of what is left when each channel's mean
 is taken away. A group of fixed width pays for its own outlier; an entropy coder does not. Keys are coded as they were
 before rope where the layout says how they were turned: channels then keep their means. From ``c`` = 0.45 on two
-tokens share a byte, and the few codes beyond 7 are listed with their values. See `grouping` for what is not coded.
+tokens share a byte. Codes beyond the limit are cut there and listed in full. In long blocks channels of like spread,
+half an octave apart, have a frame of their own, with a Huffman table that fits them. What is not coded: `grouping`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from ghostcacher.errors import BlockError, ConfigurationError
 
 PAIRED_FROM = 0.45
 STEP_RANGE = (0.01, 8.0)
+CLASSES = 8
+CLASSED_FROM_TOKENS = 512
 _LIMIT = 127
 _PAIR_LIMIT = 7
 _PAIR_BASE = 15
+_CODE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +66,10 @@ class EntropyCodec:
         return EntropyCodec(self.c, layout.rotation)
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
-        """Means ``[layers, heads, channels]`` and steps ``[layers]`` BF16; zstd frames, one a layer, end to end.
+        """Means ``[layers, heads, channels]`` and steps ``[layers]`` BF16; zstd ``frames`` end to end.
 
-        ``sizes`` ``[layers]`` are the frames' bytes, ``escapes`` the places of codes beyond the limit among all
-        symbols, ``escape_values`` BF16 what stands there.
+        ``sizes`` ``[layers, classes]`` are the frames' bytes. ``classes`` ``[layers, heads, channels]`` is in which
+        frame a channel is, for blocks that are long enough. ``escapes`` is one frame: the codes that were cut.
         """
         coded = coded_tokens(group, piece)
         if not coded:
@@ -75,10 +79,10 @@ class EntropyCodec:
         return (
             TensorField(f"{name}.mean", "BF16", (layers, heads, channels)),
             TensorField(f"{name}.step", "BF16", (layers,)),
-            TensorField(f"{name}.sizes", "I32", (layers,)),
-            TensorField(f"{name}.escapes", "I32", (VARIABLE,)),
-            TensorField(f"{name}.escape_values", "BF16", (VARIABLE,)),
+            TensorField(f"{name}.sizes", "I32", (layers, _classes(coded))),
             TensorField(f"{name}.frames", "U8", (VARIABLE,)),
+            TensorField(f"{name}.escapes", "U8", (VARIABLE,)),
+            *([TensorField(f"{name}.classes", "U8", (layers, heads, channels))] if _classes(coded) > 1 else []),
             *([TensorField(f"{name}.sinks", "BF16", group.shape(sinks))] if sinks else []),
             *rest_fields(group, piece, coded),
         )
@@ -99,19 +103,23 @@ class EntropyCodec:
         values[..., :sinks, :] = 0.0
         step = (self.c * _spread(values[..., sinks:, :])).bfloat16()
         check_finite(group, mean, step, tensor[..., :sinks, :])
-        codes = values.div(torch.where(step == 0, 1.0, step.float())[:, None, None, None]).round_()
-        beyond = codes.abs() > self._limit
-        places = beyond.flatten().nonzero()[:, 0]
-        codes[beyond] = 0.0
-        frames = [compress(self._symbols(layer)) for layer in codes]
+        rows = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None, None]).round_()
+        rows = rows.transpose(2, 3).flatten(1, 2).contiguous()
+        classes = _classes_of(rows) if _classes(coded) > 1 else torch.zeros(rows.shape[:2], dtype=torch.uint8)
+        frames = [
+            compress(self._symbols(layer[of_layer == number])) if bool((of_layer == number).any()) else b""
+            for layer, of_layer in zip(rows.clamp(-self._limit, self._limit), classes, strict=True)
+            for number in range(_classes(coded))
+        ]
         parts = {
             f"{name}.mean": mean.squeeze(-2),
             f"{name}.step": step,
-            f"{name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32),
-            f"{name}.escapes": places.to(torch.int32),
-            f"{name}.escape_values": values.flatten()[places].bfloat16(),
+            f"{name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32).view(len(rows), -1),
             f"{name}.frames": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8),
+            f"{name}.escapes": _listed(rows[rows.abs() >= self._limit]),
         }
+        if _classes(coded) > 1:
+            parts[f"{name}.classes"] = classes.view(mean.squeeze(-2).shape)
         if sinks:
             parts[f"{name}.sinks"] = tensor[..., :sinks, :].bfloat16()
         if coded < piece.tokens:
@@ -127,21 +135,24 @@ class EntropyCodec:
         coded, name = coded_tokens(group, piece), group.name
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
-        sinks, sizes = sink_tokens(piece, coded), parts[f"{name}.sizes"].tolist()
-        frames, places = parts[f"{name}.frames"], parts[f"{name}.escapes"].long()
-        if min(sizes) < 0 or sum(sizes) != len(frames) or len(places) != len(parts[f"{name}.escape_values"]):
+        layers, heads, _, channels = group.shape(coded)
+        rows = torch.empty((layers, heads * channels, coded))
+        classes = parts.get(f"{name}.classes", torch.zeros((layers, heads, channels), dtype=torch.uint8)).flatten(1)
+        sizes = parts[f"{name}.sizes"].flatten().tolist()
+        if min(sizes) < 0 or sum(sizes) != len(parts[f"{name}.frames"]) or int(classes.max()) >= _classes(coded):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
-        shape = group.shape(coded)
-        values = torch.stack([self._codes(frame, shape[1:]) for frame in torch.split(frames, sizes)]).mul_(
-            parts[f"{name}.step"].float()[:, None, None, None]
-        )
-        if len(places):
-            if int(places.min()) < 0 or int(places.max()) >= values.numel():
-                raise BlockError("frame", f"{name}: escapes out of the block")
-            values.view(-1)[places] = parts[f"{name}.escape_values"].float()
-        values = self._turned(group, values.add_(parts[f"{name}.mean"].unsqueeze(-2)), piece.start, back=False)
+        for number, frame in enumerate(torch.split(parts[f"{name}.frames"], sizes)):
+            layer, chosen = divmod(number, _classes(coded))
+            mine = classes[layer] == chosen
+            if bool(mine.any()):
+                rows[layer, mine] = self._codes(frame, int(mine.sum()), coded)
+        cut = rows.abs() >= self._limit
+        rows[cut] = _unlisted(parts[f"{name}.escapes"], int(cut.sum()))
+        rows.mul_(parts[f"{name}.step"].float()[:, None, None]).add_(parts[f"{name}.mean"].flatten(1)[:, :, None])
+        values = rows.view(layers, heads, channels, coded).transpose(2, 3).contiguous()
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
-        decoded[:, :, :coded] = values
+        decoded[:, :, :coded] = self._turned(group, values, piece.start, back=False)
+        sinks = sink_tokens(piece, coded)
         if sinks:
             decoded[:, :, :sinks] = parts[f"{name}.sinks"]
         if coded < piece.tokens:
@@ -152,28 +163,24 @@ class EntropyCodec:
     def _limit(self) -> int:
         return _PAIR_LIMIT if self.c >= PAIRED_FROM else _LIMIT
 
-    def _symbols(self, codes: torch.Tensor) -> memoryview:
-        """Bytes of one layer's codes ``[heads, tokens, channels]``, channel by channel: neighbours are alike."""
-        by_channel = codes.transpose(1, 2)
+    def _symbols(self, rows: torch.Tensor) -> memoryview:
+        """Bytes of codes ``[channels, tokens]`` within the limit."""
         if self._limit == _PAIR_LIMIT:
-            even, odd = by_channel[..., ::2] + _PAIR_LIMIT, by_channel[..., 1::2] + _PAIR_LIMIT
+            even, odd = rows[:, ::2] + _PAIR_LIMIT, rows[:, 1::2] + _PAIR_LIMIT
             symbols = even.mul_(_PAIR_BASE).add_(odd).to(torch.uint8)
         else:
-            symbols = by_channel.to(torch.int8).view(torch.uint8)
+            symbols = rows.to(torch.int8).view(torch.uint8)
         view: memoryview = symbols.contiguous().view(-1).numpy().data
         return view
 
-    def _codes(self, frame: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    def _codes(self, frame: torch.Tensor, channels: int, tokens: int) -> torch.Tensor:
         """The inverse of `_symbols`, in fp32."""
-        heads, tokens, channels = shape
         is_paired = self._limit == _PAIR_LIMIT
-        size_bytes = heads * tokens * channels // (2 if is_paired else 1)
         data: memoryview = frame.numpy().data
-        symbols = torch.frombuffer(bytearray(decompress(data, size_bytes)), dtype=torch.uint8)
-        if not is_paired:
-            return symbols.view(torch.int8).view(heads, channels, tokens).transpose(1, 2).float()
-        pairs = _PAIRS[symbols.long()].view(heads, channels, tokens)
-        return pairs.transpose(1, 2).contiguous()
+        symbols = decompress(data, channels * tokens // (2 if is_paired else 1))
+        bytes_ = torch.frombuffer(bytearray(symbols), dtype=torch.uint8)
+        codes = _PAIRS[bytes_.long()] if is_paired else bytes_.view(torch.int8).float()
+        return codes.view(channels, tokens)
 
     def _turned(self, group: TensorGroup, values: torch.Tensor, start: int, *, back: bool) -> torch.Tensor:
         if self.rotation is None or group.spec.name != "keys" or 2 * len(self.rotation.frequencies) > values.shape[-1]:
@@ -186,6 +193,31 @@ def _spread(values: torch.Tensor) -> torch.Tensor:
     largest = values.abs().amax(dim=(1, 2, 3))
     scaled = values / torch.where(largest == 0, 1.0, largest)[:, None, None, None]
     return largest * scaled.square().mean(dim=(1, 2, 3)).sqrt()
+
+
+def _classes(coded: int) -> int:
+    """How many frames a layer has: one in short blocks, where tables and class numbers cost more than they save."""
+    return CLASSES if coded >= CLASSED_FROM_TOKENS else 1
+
+
+def _classes_of(rows: torch.Tensor) -> torch.Tensor:
+    """Class of each channel of codes ``[layers, channels, tokens]``: half octaves of its spread, from the layer's."""
+    spread = rows.square().mean(dim=-1).clamp(min=1e-9).sqrt()
+    octaves = torch.log2(spread / spread.square().mean(dim=-1, keepdim=True).sqrt())
+    return (2 * octaves).round().add(CLASSES // 2 + 1).clamp(0, CLASSES - 1).to(torch.uint8)
+
+
+def _listed(codes: torch.Tensor) -> torch.Tensor:
+    """Whole codes as one frame of int32, byte planes apart: the upper ones are almost constant."""
+    planes = codes.to(torch.int32).view(torch.uint8).view(-1, _CODE_BYTES).T.contiguous()
+    return torch.frombuffer(bytearray(compress(planes.view(-1).numpy().data)), dtype=torch.uint8)
+
+
+def _unlisted(frame: torch.Tensor, count: int) -> torch.Tensor:
+    data: memoryview = frame.numpy().data
+    planes = torch.frombuffer(bytearray(decompress(data, count * _CODE_BYTES) or b"\0"), dtype=torch.uint8)
+    planes = planes[: count * _CODE_BYTES].view(_CODE_BYTES, count)
+    return planes.T.contiguous().view(-1).view(torch.int32).float()
 
 
 _PAIRS = torch.stack(

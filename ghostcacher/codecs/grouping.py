@@ -47,11 +47,6 @@ def rest_fields(group: TensorGroup, piece: Piece, coded: int) -> tuple[TensorFie
     return (TensorField(f"{group.name}.rest", dtype, group.shape(piece.tokens - coded if coded else piece.tokens)),)
 
 
-def end_dtype(group: TensorGroup) -> torch.dtype:
-    """What values are rounded to before they are grouped, so that a group's ends are exact: bf16, or fp16 itself."""
-    return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16
-
-
 def value_group(channels: int) -> int:
     """Channels of one group of values."""
     return GROUP_CHANNELS if channels > GROUP_CHANNELS and channels % GROUP_CHANNELS == 0 else channels

@@ -17,15 +17,13 @@ from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.grouping import (
     check_finite,
     coded_tokens,
-    end_dtype,
-    grid,
     group_axis,
-    grouped,
     rest_fields,
     sink_tokens,
     value_group,
 )
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.codecs.uniform import Decoder, end_fields, to_codes
 
 STEPS = 15
 _HIGH = 16
@@ -47,17 +45,15 @@ class Int4Codec:
         return self
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
-        """Codes U8, two to a byte (half the tokens of keys, half the channels of values), ends BF16, sinks, rest."""
+        """Codes U8, two to a byte (half the tokens of keys, half the channels of values), ends, sinks, rest."""
         coded = _coded(group, piece)
         if not coded:
             return rest_fields(group, piece, 0)
-        ends, sinks = grid(group, coded), sink_tokens(piece, coded)
-        dtype = "F16" if end_dtype(group) is torch.float16 else "BF16"
+        sinks, name = sink_tokens(piece, coded), group.name
         return (
-            TensorField(f"{group.name}.maximum", dtype, ends),
-            TensorField(f"{group.name}.minimum", dtype, ends),
-            *([TensorField(f"{group.name}.sinks", dtype, group.shape(sinks))] if sinks else []),
-            TensorField(f"{group.name}.codes", "U8", _packed_shape(group, coded)),
+            *end_fields(group, coded),
+            *([TensorField(f"{name}.sinks", _sink_field(group), group.shape(sinks))] if sinks else []),
+            TensorField(f"{name}.codes", "U8", _packed_shape(group, coded)),
             *rest_fields(group, piece, coded),
         )
 
@@ -70,26 +66,17 @@ class Int4Codec:
         coded = _coded(group, piece)
         if not coded:
             return {f"{group.name}.rest": tensor}
-        rounded = tensor[..., :coded, :].to(end_dtype(group))
-        axis, sinks = group_axis(group), sink_tokens(piece, coded)
-        values = rounded.float()
+        values, sinks = tensor[..., :coded, :], sink_tokens(piece, coded)
         if sinks:
-            # A value of its own group in their place: they must not widen it, and code the same when coded again.
+            # Something else in their place: they must not widen their groups, and code the same when coded again.
+            values = values.clone()
             values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.name == "keys" else 0.0
-        values = grouped(group, values)
-        minimum, maximum = values.aminmax(dim=axis, keepdim=True)
-        step = (maximum - minimum) / STEPS
-        check_finite(group, step, rounded[..., :sinks, :])
-        step[step == 0] = 1.0
-        codes = values.sub_(minimum).div_(step).round_().to(torch.uint8)
-        low, high = codes.chunk(2, dim=axis)
-        parts = {
-            f"{group.name}.maximum": maximum.squeeze(axis).to(end_dtype(group)),
-            f"{group.name}.minimum": minimum.squeeze(axis).to(end_dtype(group)),
-            f"{group.name}.codes": (low + high * _HIGH).reshape(_packed_shape(group, coded)),
-        }
+        codes, parts = to_codes(group, values, STEPS)
+        low, high = codes.chunk(2, dim=group_axis(group))
+        parts[f"{group.name}.codes"] = (low + high * _HIGH).reshape(_packed_shape(group, coded))
         if sinks:
-            parts[f"{group.name}.sinks"] = rounded[..., :sinks, :]
+            parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(_sink_dtype(group))
+            check_finite(group, parts[f"{group.name}.sinks"])
         if coded < piece.tokens:
             parts[f"{group.name}.rest"] = tensor[..., coded:, :]
         return parts
@@ -100,19 +87,24 @@ class Int4Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         axis, sinks = group_axis(group), sink_tokens(piece, coded)
-        minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
-        step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / STEPS
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
-        packed = parts[f"{group.name}.codes"].view(_unflattened(group, coded))
-        for layer in range(len(group.layers)):
+        decoder, packed = Decoder(group, parts, STEPS), parts[f"{group.name}.codes"].view(_unflattened(group, coded))
+        for layer, into in enumerate(decoded[..., :coded, :]):
             codes = torch.cat([packed[layer] % _HIGH, packed[layer] // _HIGH], dim=axis)
-            values = codes.float().mul_(step[layer]).add_(minimum[layer])
-            decoded[layer, :, :coded] = values.view(decoded[layer, :, :coded].shape)
+            into.copy_(decoder.values(layer, codes).view(into.shape))
         if sinks:
-            decoded[:, :, :sinks] = parts[f"{group.name}.sinks"]
+            decoded[..., :sinks, :] = parts[f"{group.name}.sinks"]
         if coded < piece.tokens:
-            decoded[:, :, coded:] = parts[f"{group.name}.rest"]
+            decoded[..., coded:, :] = parts[f"{group.name}.rest"]
         return decoded
+
+
+def _sink_dtype(group: TensorGroup) -> torch.dtype:
+    return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16
+
+
+def _sink_field(group: TensorGroup) -> str:
+    return "F16" if group.spec.dtype == "float16" else "BF16"
 
 
 def _coded(group: TensorGroup, piece: Piece) -> int:

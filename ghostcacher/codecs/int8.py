@@ -1,8 +1,4 @@
-"""``int8``: 8.5 bits a value, uniform codes between the minimum and the maximum of each group.
-
-A value is rounded to bf16 first, so that both ends of a group are bf16 numbers that occur in it and take the first
-and the last code exactly. Coding what was decoded therefore gives the same bytes. See `grouping` for the groups.
-"""
+"""``int8``: 8.5 bits a value. See `uniform` for the codes and `grouping` for the groups."""
 
 from __future__ import annotations
 
@@ -14,16 +10,9 @@ import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import Piece
-from ghostcacher.codecs.grouping import (
-    check_finite,
-    coded_tokens,
-    end_dtype,
-    grid,
-    group_axis,
-    grouped,
-    rest_fields,
-)
+from ghostcacher.codecs.grouping import coded_tokens, grouped, rest_fields
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.codecs.uniform import Decoder, end_fields, to_codes
 
 STEPS = 255
 
@@ -44,17 +33,12 @@ class Int8Codec:
         return self
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
-        """Codes ``[layers, heads, tokens, channels]`` U8, ends of the groups BF16 (see `grid`), and the rest."""
+        """Codes U8 ``[layers, heads, tokens, channels]``, ends of the groups, and the rest."""
         coded = coded_tokens(group, piece)
         if not coded:
             return rest_fields(group, piece, 0)
-        ends, dtype = grid(group, coded), "F16" if end_dtype(group) is torch.float16 else "BF16"
-        return (
-            TensorField(f"{group.name}.maximum", dtype, ends),
-            TensorField(f"{group.name}.minimum", dtype, ends),
-            TensorField(f"{group.name}.codes", "U8", group.shape(coded)),
-            *rest_fields(group, piece, coded),
-        )
+        codes = TensorField(f"{group.name}.codes", "U8", group.shape(coded))
+        return (*end_fields(group, coded), codes, *rest_fields(group, piece, coded))
 
     def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
         """Codes, ends and rest; see `fields`.
@@ -65,18 +49,8 @@ class Int8Codec:
         coded = coded_tokens(group, piece)
         if not coded:
             return {f"{group.name}.rest": tensor}
-        values = grouped(group, tensor[..., :coded, :].to(end_dtype(group)).float())
-        axis = group_axis(group)
-        minimum, maximum = values.aminmax(dim=axis, keepdim=True)
-        step = (maximum - minimum) / STEPS
-        check_finite(group, step)
-        step[step == 0] = 1.0
-        codes = values.sub_(minimum).div_(step).round_().to(torch.uint8)
-        parts = {
-            f"{group.name}.maximum": maximum.squeeze(axis).to(end_dtype(group)),
-            f"{group.name}.minimum": minimum.squeeze(axis).to(end_dtype(group)),
-            f"{group.name}.codes": codes.view(tensor[..., :coded, :].shape),
-        }
+        codes, parts = to_codes(group, tensor[..., :coded, :], STEPS)
+        parts[f"{group.name}.codes"] = codes.view(group.shape(coded))
         if coded < piece.tokens:
             parts[f"{group.name}.rest"] = tensor[..., coded:, :]
         return parts
@@ -86,14 +60,10 @@ class Int8Codec:
         coded = coded_tokens(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
-        axis = group_axis(group)
-        minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
-        step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / STEPS
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
-        codes = grouped(group, parts[f"{group.name}.codes"])
-        for layer in range(len(group.layers)):
-            values = codes[layer].float().mul_(step[layer]).add_(minimum[layer])
-            decoded[layer, :, :coded] = values.view(decoded[layer, :, :coded].shape)
+        decoder, codes = Decoder(group, parts, STEPS), grouped(group, parts[f"{group.name}.codes"])
+        for layer, into in enumerate(decoded[..., :coded, :]):
+            into.copy_(decoder.values(layer, codes[layer]).view(into.shape))
         if coded < piece.tokens:
-            decoded[:, :, coded:] = parts[f"{group.name}.rest"]
+            decoded[..., coded:, :] = parts[f"{group.name}.rest"]
         return decoded

@@ -1,0 +1,78 @@
+"""Uniform codes between the minimum and the maximum of each group, such that coding again gives the same bytes.
+
+Values are rounded to half precision first. Both ends of a group are then half-precision numbers that occur in it, are
+stored as they are, and take the first and the last code exactly. A bf16 or fp16 model's values need no rounding. Those
+of fp32 are rounded to fp16 after a shift by a power of two that fills its range: bf16 is coarser than 8-bit codes of
+keys that lie far from zero (KL 3.7e-5 instead of 2.3e-5 at the same size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ghostcacher.blocks import TensorGroup
+from ghostcacher.codecs.grouping import check_finite, grid, group_axis, grouped
+from ghostcacher.codecs.header import TensorField
+
+_FP16_EXPONENT = 15
+_SHIFT_LIMIT = 110
+
+
+def end_fields(group: TensorGroup, coded: int) -> tuple[TensorField, ...]:
+    """Ends of the groups (see `grid`), and for fp32 the shift ``[layers]``."""
+    dtype, name, ends = "BF16" if group.spec.dtype == "bfloat16" else "F16", group.name, grid(group, coded)
+    shift = [TensorField(f"{name}.shift", "I32", (len(group.layers),))] if group.spec.dtype == "float32" else []
+    return (*shift, TensorField(f"{name}.maximum", dtype, ends), TensorField(f"{name}.minimum", dtype, ends))
+
+
+def to_codes(group: TensorGroup, tensor: torch.Tensor, steps: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Codes 0 to ``steps`` of ``tensor`` ``[layers, heads, tokens, channels]``, `grouped`, U8; and the `end_fields`.
+
+    Raises:
+        BlockError: ``nonfinite``: NaN, infinity, or a range that overflows.
+    """
+    half = torch.bfloat16 if group.spec.dtype == "bfloat16" else torch.float16
+    values, parts = tensor.to(half).float(), {}
+    if group.spec.dtype == "float32":
+        shift = _shift(group, tensor)
+        values = _times(tensor, shift[:, None, None, None]).to(half).float()
+        parts[f"{group.name}.shift"] = shift
+    values, axis = grouped(group, values), group_axis(group)
+    minimum, maximum = values.aminmax(dim=axis, keepdim=True)
+    step = (maximum - minimum) / steps
+    check_finite(group, step)
+    step[step == 0] = 1.0
+    parts[f"{group.name}.maximum"] = maximum.squeeze(axis).to(half)
+    parts[f"{group.name}.minimum"] = minimum.squeeze(axis).to(half)
+    return values.sub_(minimum).div_(step).round_().to(torch.uint8), parts
+
+
+class Decoder:
+    """What `to_codes` made, back to values, layer by layer."""
+
+    def __init__(self, group: TensorGroup, parts: Mapping[str, torch.Tensor], steps: int) -> None:
+        axis = group_axis(group)
+        self._minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
+        self._step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - self._minimum) / steps
+        shift = parts.get(f"{group.name}.shift")
+        self._back = None if shift is None else torch.exp2(-shift.float()).tolist()
+
+    def values(self, layer: int, codes: torch.Tensor) -> torch.Tensor:
+        """Values of one layer in fp32, shaped as its ``codes``."""
+        values = codes.float().mul_(self._step[layer]).add_(self._minimum[layer])
+        return values if self._back is None else values.mul_(self._back[layer])
+
+
+def _shift(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:
+    """Powers of two ``[layers]`` that bring each layer's largest value just below 2^15."""
+    peak = tensor.abs().amax(dim=(1, 2, 3))
+    check_finite(group, peak)
+    shift = (_FP16_EXPONENT - torch.frexp(peak).exponent).clamp(-_SHIFT_LIMIT, _SHIFT_LIMIT)
+    # A peak that rounds up to 2^15 must be shifted as that would be, when it is coded again.
+    return (shift - (_times(peak, shift).half().float() >= 2.0**_FP16_EXPONENT).int()).to(torch.int32)
+
+
+def _times(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return values * torch.exp2(shift.float())

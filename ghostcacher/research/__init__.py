@@ -1,0 +1,10 @@
+"""Measuring codecs: what they cost in bits, in quality and in time, on your model and your texts.
+
+from ghostcacher.research import evaluate
+print(evaluate(model, "int4", texts))  # texts: token ids, one tensor [1, tokens] each
+"""
+
+from ghostcacher.research.evaluate import Measure, evaluate
+from ghostcacher.research.ladder import LADDER, sweep
+
+__all__ = ["LADDER", "Measure", "evaluate", "sweep"]
