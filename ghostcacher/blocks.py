@@ -93,16 +93,34 @@ class Rotation:
     frequencies: tuple[float, ...]
     interleaved: bool = False
 
-    def turned(self, keys: torch.Tensor, start: int, *, back: bool) -> torch.Tensor:
-        """Turn fp32 ``keys`` ``[…, tokens, channels]`` from position ``start`` on, or turn them ``back``; in place."""
-        pairs = len(self.frequencies)
-        positions = torch.arange(start, start + keys.shape[-2], dtype=torch.float32, device=keys.device)
-        angles = positions[:, None] * torch.tensor(self.frequencies, device=keys.device)
-        cosine, sine = angles.cos(), angles.sin() * (-1 if back else 1)
+    def at(self, start: int, tokens: int) -> Turn:
+        """The turn of ``tokens`` tokens from position ``start`` on."""
+        angles = torch.arange(start, start + tokens, dtype=torch.float32)[:, None] * torch.tensor(self.frequencies)
+        return Turn(angles.cos(), angles.sin(), self.interleaved)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A `Rotation` at some positions: ``cosine`` and ``sine`` are ``[tokens, pairs]``."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    interleaved: bool
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """Turn fp32 ``keys`` ``[…, tokens, channels]``, in place."""
+        return self._by(self.sine, keys)
+
+    def back(self, keys: torch.Tensor) -> torch.Tensor:
+        """The inverse of `forward`, in place."""
+        return self._by(-self.sine, keys)
+
+    def _by(self, sine: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        pairs = self.cosine.shape[1]
         part = keys[..., : 2 * pairs]
         first, second = (part[..., ::2], part[..., 1::2]) if self.interleaved else torch.split(part, pairs, dim=-1)
-        turned = first * cosine - second * sine
-        second.mul_(cosine).addcmul_(first, sine)
+        turned = (first * self.cosine).addcmul_(second, sine, value=-1)
+        second.mul_(self.cosine).addcmul_(first, sine)
         first.copy_(turned)
         return keys
 

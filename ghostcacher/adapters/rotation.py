@@ -36,6 +36,6 @@ def _candidates(module: Any) -> Iterator[Rotation]:
 def _explains(rotation: Rotation, keys: torch.Tensor) -> bool:
     if 2 * len(rotation.frequencies) > keys.shape[-1]:
         return False
-    before = rotation.turned(keys.float().clone(), 0, back=True)
+    before = rotation.at(0, keys.shape[-2]).back(keys.detach().cpu().to(torch.float32, copy=True))
     unlike = (before - before[..., :1, :]).abs().amax()
     return bool(unlike <= _UNLIKE * before.abs().amax())

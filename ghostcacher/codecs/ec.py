@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from ghostcacher.blocks import KVLayout, Rotation, TensorGroup
+from ghostcacher.blocks import KVLayout, Rotation, TensorGroup, Turn
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.grouping import check_finite, coded_tokens, rest_fields, sink_tokens
@@ -97,14 +99,16 @@ class EntropyCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
-        values = self._turned(group, tensor[..., :coded, :].to(torch.float32, copy=True), piece.start, back=True)
-        mean = values[..., sinks:, :].mean(dim=-2, keepdim=True).bfloat16()
+        values = tensor[..., :coded, :].to(torch.float32, copy=True)
+        if turn := self._turn(group, coded, piece.start):
+            values = turn.back(values)
+        values = values.transpose(2, 3).contiguous()
+        mean = values[..., sinks:].mean(dim=-1, keepdim=True).bfloat16()
         values = values.sub_(mean)
-        values[..., :sinks, :] = 0.0
-        step = (self.c * _spread(values[..., sinks:, :])).bfloat16()
+        values[..., :sinks] = 0.0
+        step = (self.c * _spread(values[..., sinks:])).bfloat16()
         check_finite(group, mean, step, tensor[..., :sinks, :])
-        rows = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None, None]).round_()
-        rows = rows.transpose(2, 3).flatten(1, 2).contiguous()
+        rows = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None, None]).round_().flatten(1, 2)
         classes = _classes_of(rows) if _classes(coded) > 1 else torch.zeros(rows.shape[:2], dtype=torch.uint8)
         frames = [
             compress(self._symbols(layer[of_layer == number])) if bool((of_layer == number).any()) else b""
@@ -112,14 +116,14 @@ class EntropyCodec:
             for number in range(_classes(coded))
         ]
         parts = {
-            f"{name}.mean": mean.squeeze(-2),
+            f"{name}.mean": mean.squeeze(-1),
             f"{name}.step": step,
             f"{name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32).view(len(rows), -1),
             f"{name}.frames": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8),
             f"{name}.escapes": _listed(rows[rows.abs() >= self._limit]),
         }
         if _classes(coded) > 1:
-            parts[f"{name}.classes"] = classes.view(mean.squeeze(-2).shape)
+            parts[f"{name}.classes"] = classes.view(mean.squeeze(-1).shape)
         if sinks:
             parts[f"{name}.sinks"] = tensor[..., :sinks, :].bfloat16()
         if coded < piece.tokens:
@@ -136,22 +140,22 @@ class EntropyCodec:
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
         layers, heads, _, channels = group.shape(coded)
-        rows = torch.empty((layers, heads * channels, coded))
         classes = parts.get(f"{name}.classes", torch.zeros((layers, heads, channels), dtype=torch.uint8)).flatten(1)
         sizes = parts[f"{name}.sizes"].flatten().tolist()
         if min(sizes) < 0 or sum(sizes) != len(parts[f"{name}.frames"]) or int(classes.max()) >= _classes(coded):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
-        for number, frame in enumerate(torch.split(parts[f"{name}.frames"], sizes)):
-            layer, chosen = divmod(number, _classes(coded))
-            mine = classes[layer] == chosen
-            if bool(mine.any()):
-                rows[layer, mine] = self._codes(frame, int(mine.sum()), coded)
-        cut = rows.abs() >= self._limit
-        rows[cut] = _unlisted(parts[f"{name}.escapes"], int(cut.sum()))
-        rows.mul_(parts[f"{name}.step"].float()[:, None, None]).add_(parts[f"{name}.mean"].flatten(1)[:, :, None])
-        values = rows.view(layers, heads, channels, coded).transpose(2, 3).contiguous()
+        frames = torch.split(parts[f"{name}.frames"], sizes)
+        codes = torch.empty((layers, heads * channels, coded), dtype=torch.int8)
+        for layer, into in enumerate(codes):
+            self._decode_layer(frames[layer * _classes(coded) :], classes[layer], into)
+        escapes = _Escapes(parts[f"{name}.escapes"], codes, self._limit)
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
-        decoded[:, :, :coded] = self._turned(group, values, piece.start, back=False)
+        steps, mean = parts[f"{name}.step"].float().tolist(), parts[f"{name}.mean"].float().unsqueeze(-2)
+        turn = self._turn(group, coded, piece.start)
+        for layer in range(layers):
+            by_token = codes[layer].view(heads, channels, coded).transpose(1, 2).contiguous()
+            values = escapes.put(layer, by_token.float()).mul_(steps[layer]).add_(mean[layer])
+            decoded[layer, :, :coded] = turn.forward(values) if turn else values
         sinks = sink_tokens(piece, coded)
         if sinks:
             decoded[:, :, :sinks] = parts[f"{name}.sinks"]
@@ -173,19 +177,57 @@ class EntropyCodec:
         view: memoryview = symbols.contiguous().view(-1).numpy().data
         return view
 
-    def _codes(self, frame: torch.Tensor, channels: int, tokens: int) -> torch.Tensor:
-        """The inverse of `_symbols`, in fp32."""
-        is_paired = self._limit == _PAIR_LIMIT
-        data: memoryview = frame.numpy().data
-        symbols = decompress(data, channels * tokens // (2 if is_paired else 1))
-        bytes_ = torch.frombuffer(bytearray(symbols), dtype=torch.uint8)
-        codes = _PAIRS[bytes_.long()] if is_paired else bytes_.view(torch.int8).float()
-        return codes.view(channels, tokens)
+    def _decode_layer(self, frames: Sequence[torch.Tensor], classes: torch.Tensor, into: torch.Tensor) -> None:
+        """Codes of one layer into ``[channels, tokens]`` int8; its frames are the first, one for each class."""
+        tokens = into.shape[1]
+        counts = classes.bincount(minlength=_classes(tokens)).tolist()
+        per_byte = 2 if self._limit == _PAIR_LIMIT else 1
+        symbols = b"".join(
+            decompress(frame.numpy().data, count * tokens // per_byte)
+            for frame, count in zip(frames, counts, strict=False) if count
+        )  # fmt: skip
+        codes = torch.from_numpy(_pairs()[np.frombuffer(symbols, np.uint8)]) if per_byte > 1 else _signed(symbols)
+        into[classes.argsort(stable=True)] = codes.view(torch.int8).view(len(classes), tokens)
 
-    def _turned(self, group: TensorGroup, values: torch.Tensor, start: int, *, back: bool) -> torch.Tensor:
-        if self.rotation is None or group.spec.name != "keys" or 2 * len(self.rotation.frequencies) > values.shape[-1]:
-            return values
-        return self.rotation.turned(values, start, back=back)
+    def _turn(self, group: TensorGroup, tokens: int, start: int) -> Turn | None:
+        """How keys ``[…, channels, tokens]`` from position ``start`` are turned, if they are."""
+        rotation = self.rotation
+        if rotation is None or group.spec.name != "keys" or 2 * len(rotation.frequencies) > group.shape(tokens)[-1]:
+            return None
+        return rotation.at(start, tokens)
+
+
+class _Escapes:
+    """Codes that were cut at the limit, in the order in which they stand there."""
+
+    def __init__(self, frame: torch.Tensor, codes: torch.Tensor, limit: int) -> None:
+        places = [np.flatnonzero(np.abs(layer.numpy().reshape(-1)) >= limit) for layer in codes]
+        count = sum(map(len, places))
+        data: memoryview = frame.numpy().data
+        planes = np.frombuffer(decompress(data, count * _CODE_BYTES), np.uint8).reshape(_CODE_BYTES, count)
+        whole = torch.from_numpy(planes.T.copy().reshape(-1).view(np.int32).astype(np.float32))
+        self._whole = torch.split(whole, list(map(len, places)))
+        self._places = places
+        self._tokens = codes.shape[-1]
+
+    def put(self, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """Codes of a layer ``[heads, tokens, channels]`` with the whole ones in place of those that were cut."""
+        if len(self._places[layer]):
+            channel, token = np.divmod(self._places[layer], self._tokens)
+            head, channel = np.divmod(channel, values.shape[-1])
+            values[torch.from_numpy(head), torch.from_numpy(token), torch.from_numpy(channel)] = self._whole[layer]
+        return values
+
+
+def _signed(symbols: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(symbols), dtype=torch.int8)
+
+
+@cache
+def _pairs() -> Any:
+    """For each byte two codes, as the two bytes of an int16."""
+    both = np.stack([np.arange(256) // _PAIR_BASE - _PAIR_LIMIT, np.arange(256) % _PAIR_BASE - _PAIR_LIMIT], axis=1)
+    return both.astype(np.int8).view(np.int16)[:, 0]
 
 
 def _spread(values: torch.Tensor) -> torch.Tensor:
@@ -211,15 +253,3 @@ def _listed(codes: torch.Tensor) -> torch.Tensor:
     """Whole codes as one frame of int32, byte planes apart: the upper ones are almost constant."""
     planes = codes.to(torch.int32).view(torch.uint8).view(-1, _CODE_BYTES).T.contiguous()
     return torch.frombuffer(bytearray(compress(planes.view(-1).numpy().data)), dtype=torch.uint8)
-
-
-def _unlisted(frame: torch.Tensor, count: int) -> torch.Tensor:
-    data: memoryview = frame.numpy().data
-    planes = torch.frombuffer(bytearray(decompress(data, count * _CODE_BYTES) or b"\0"), dtype=torch.uint8)
-    planes = planes[: count * _CODE_BYTES].view(_CODE_BYTES, count)
-    return planes.T.contiguous().view(-1).view(torch.int32).float()
-
-
-_PAIRS = torch.stack(
-    [torch.arange(256) // _PAIR_BASE - _PAIR_LIMIT, torch.arange(256) % _PAIR_BASE - _PAIR_LIMIT], dim=1
-).float()

@@ -41,9 +41,7 @@ class Replay:
             UnsupportedModelError: the model's cache cannot be taken apart.
         """
         if text.dim() != 2 or text.shape[0] != 1 or text.shape[1] <= prefix_tokens:  # noqa: PLR2004 (rows and tokens)
-            raise ConfigurationError(
-                f"a text of shape {list(text.shape)}: [1, more than {prefix_tokens} tokens] is needed"
-            )
+            raise ConfigurationError(f"a text of shape {list(text.shape)}; [1, more than {prefix_tokens}] is needed")
         if prefix_tokens % block_tokens:
             raise ConfigurationError(f"prefix_tokens={prefix_tokens} is no multiple of block_tokens={block_tokens}")
         module = base_module(model)
@@ -55,7 +53,7 @@ class Replay:
         taken = {prefix_tokens: found} if (found := state.snapshot() if state.has_states else None) is not None else {}
         chain = PrefixChain.of(text[0, :prefix_tokens].tolist(), Namespace(bytes(32)), block_tokens)
         capture = RowCapture.of(state.frozen(), shape.layout, 0, Row(0, chain), (), prefix_tokens, snapshots=taken)
-        blocks = tuple(_own(capture.block(key)) for key in capture.keys())
+        blocks = tuple(_own(capture.block(key)) for key in list(capture.keys()))
         rest = text[:, prefix_tokens:]
         return cls(module, shape, blocks, rest, _logits(module, rest, cache))
 
