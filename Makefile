@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench slow sweep sweep-oldest clean
+.PHONY: demo test test-oldest check bench bench-quality slow sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,7 @@ slow: $(VENV)/.dev
 test-oldest: pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/pip install --quiet torch==$(TORCH)
-	$(OLDEST)/bin/pip install --quiet "transformers==5.17.0" -e . pytest pytest-timeout
+	$(OLDEST)/bin/pip install --quiet "transformers==5.17.0" -e ".[zstd]" pytest pytest-timeout
 	$(OLDEST)/bin/python -m pytest tests/parity
 
 check: $(VENV)/.dev
@@ -51,6 +51,10 @@ sweep-oldest: test-oldest
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md
+
+# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (6 minutes).
+bench-quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/quality.py --write docs/quantisation.md
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .demo-store .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,9 @@ class StoreConfig:
     memory_bytes: int | None = None
     disk_bytes: int | None = None
     remote: str | None = None
-    codec: str = "raw"
+    memory_codec: str = "raw"
+    disk_codec: str = "raw"
+    remote_codec: str = "raw"
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     salt: str | None = None
     strict: bool = False
@@ -43,6 +45,7 @@ class StoreConfig:
         disk: int | str | None,
         remote: str | None,
         codec: str,
+        remote_codec: str | None = None,
         block_tokens: int,
         salt: str | None,
         strict: bool,
@@ -55,13 +58,17 @@ class StoreConfig:
         Raises:
             ConfigurationError: a size, block size or timeout is malformed or out of its range.
         """
+        memory_size, memory_codec = _with_codec(memory, "raw")
+        disk_size, disk_codec = _with_codec(disk, codec)
         return cls(
             directory=Path(directory).expanduser() if directory is not None else default_directory(environment),
             device_bytes=None if device is None else parse_bytes(device),
-            memory_bytes=_memory_bytes(memory),
-            disk_bytes=None if disk is None else parse_bytes(disk),
+            memory_bytes=_memory_bytes(memory_size),
+            disk_bytes=None if disk_size is None else parse_bytes(disk_size),
             remote=remote,
-            codec=codec,
+            memory_codec=memory_codec,
+            disk_codec=disk_codec,
+            remote_codec=remote_codec if remote_codec is not None else codec,
             block_tokens=_checked_block_tokens(block_tokens),
             salt=salt,
             strict=strict,
@@ -86,6 +93,14 @@ def is_disabled(environment: Mapping[str, str] = os.environ) -> bool:
 def physical_memory_bytes() -> int:
     """RAM of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _with_codec(size: int | str | None, codec: str) -> tuple[int | str | None, str]:
+    """``"8GiB:int8"`` as size and codec; the codec is ``codec`` where the text names none."""
+    if not isinstance(size, str) or ":" not in size:
+        return size, codec
+    text, _, named = size.partition(":")
+    return text.strip(), named.strip()
 
 
 def _memory_bytes(memory: int | str | None) -> int | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest, spoken
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.stores.base import StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
@@ -71,7 +71,7 @@ def summaries(store: DirectoryStore) -> list[NamespaceSummary]:
             )
             found.append(
                 NamespaceSummary(
-                    namespace, header.model if header else _NOBODY, header.codec["name"] if header else _NOBODY,
+                    namespace, header.model if header else _NOBODY, spoken(header.codec) if header else _NOBODY,
                     len(entries), sum(entry.size_bytes for entry in entries),
                     max(entry.modified_seconds for entry in entries),
                 )

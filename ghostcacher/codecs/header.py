@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Self
@@ -129,6 +129,11 @@ class BlockHeader:
     def expecting(self, key: BlockKey, layout_digest: str, fields: Sequence[TensorField]) -> BlockHeader:
         """This header with everything that the reader knows better put in its place."""
         return replace(self, key=key, layout_digest=layout_digest, fields=tuple(fields))
+
+
+def spoken(record: Mapping[str, Any]) -> str:
+    """What ``open_store(codec=…)`` takes for the codec that a header records: ``"ec(0.25)"``."""
+    return f"{record['name']}({record['c']:g})" if "c" in record else str(record["name"])
 
 
 def header_bytes(blob: Buffer) -> int:

@@ -24,7 +24,7 @@ from ghostcacher.codecs.header import (
     header_bytes,
     sealed,
 )
-from ghostcacher.codecs.registry import codec_from, record_of
+from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.keys import BlockKey
 
@@ -58,10 +58,12 @@ class CodecChain:
         return [sealed(header.render(), parts), *parts]
 
 
-def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False) -> KVBlock:
+def decode_blob(
+    blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False, find: Finder | None = None
+) -> KVBlock:
     """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it. The block may share memory with ``blob``.
 
-    Any codec of this version is read, whatever the store writes now.
+    Any codec that ``find`` knows (all of this version) is read, whatever the store writes now.
 
     Raises:
         BlockError: with the reason, for anything that is not bit for bit what was written for this key.
@@ -72,7 +74,7 @@ def decode_blob(blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bo
     if exact_only and claimed.lossy:
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
-        codec = codec_from(claimed.codec)
+        codec = codec_from(claimed.codec, find)
     except (ConfigurationError, MissingExtraError) as error:
         raise BlockError("codec", str(error)) from error
     if codec.lossy and not claimed.lossy:

@@ -52,10 +52,16 @@ class TierStats:
     lossy: bool
     snapshots: int = 0
     snapshot_bytes: int = 0
+    tokens: int = 0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What one token of a prefix takes here, snapshots not counted; 0 if the tier is empty."""
+        return (self.size_bytes - self.snapshot_bytes) / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For printing as JSON."""
-        return asdict(self)
+        return {**asdict(self), "bytes_per_token": self.bytes_per_token}
 
 
 class Offer:
@@ -79,6 +85,8 @@ class Tier(Protocol):
     name: str
     index: PrefixIndex
     is_local: bool
+    is_lossy: bool
+    """Whether blocks come back otherwise than they were offered."""
 
     def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
         """Bring the index up to date with what others may have stored of ``chain``. Never raises.
@@ -126,6 +134,8 @@ class Tier(Protocol):
         ...
 
 
-def snapshot_counts(index: PrefixIndex) -> tuple[int, int]:
-    """How many snapshots ``index`` holds, and their bytes."""
-    return sum(entry.key.is_snapshot for entry in index.entries()), index.snapshot_bytes()
+def content_counts(index: PrefixIndex) -> tuple[int, int, int]:
+    """How many snapshots ``index`` holds, their bytes, and how many tokens the blocks beside them."""
+    keys = [entry.key for entry in index.entries()]
+    tokens = sum(key.length for key in keys if not key.is_snapshot)
+    return sum(key.is_snapshot for key in keys), index.snapshot_bytes(), tokens

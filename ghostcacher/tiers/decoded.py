@@ -12,7 +12,7 @@ from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, snapshot_counts
+from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, content_counts
 from ghostcacher.tiers.counts import Counts
 
 
@@ -23,6 +23,7 @@ class DecodedTier:
     """
 
     is_local = True
+    is_lossy = False
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
@@ -106,7 +107,7 @@ class DecodedTier:
         counts, lossy = self._counts, any(entry.lossy for entry in self.index.entries())
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes,
-            counts["hits"], counts["stored"], counts["evicted"], 0, 0, "decoded", lossy, *snapshot_counts(self.index),
+            counts["hits"], counts["stored"], counts["evicted"], 0, 0, "decoded", lossy, *content_counts(self.index),
         )  # fmt: skip
 
     def _moved(self, block: KVBlock) -> KVBlock:

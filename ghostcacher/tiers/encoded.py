@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from ghostcacher.blocks import KVLayout
-from ghostcacher.codecs.header import HEADER_LIMIT_BYTES
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
+from ghostcacher.codecs.registry import record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.events import CacheEvent, Observer
@@ -22,8 +23,8 @@ from ghostcacher.tiers.base import (
     Place,
     Spread,
     TierStats,
+    content_counts,
     one_by_one,
-    snapshot_counts,
 )
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
@@ -46,6 +47,7 @@ class EncodedTier:
         self.budget_bytes = budget_bytes
         self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * SNAPSHOT_SHARE)
         self.chain = chain
+        self.is_lossy = chain.codec.lossy
         self.index = PrefixIndex()
         self.catalog: Catalog | None = None
         self._store = store
@@ -140,9 +142,10 @@ class EncodedTier:
     def stats(self) -> TierStats:
         """See `Tier.stats`."""
         c, codec = self._counts, self.chain.codec
+        name = spoken(record_of(codec))
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
-            c["evicted"], c["rejected"], c["errors"], codec.name, codec.lossy, *snapshot_counts(self.index),
+            c["evicted"], c["rejected"], c["errors"], name, codec.lossy, *content_counts(self.index),
         )  # fmt: skip
 
     def _read(self, batch: Sequence[BlockKey], limit_bytes: int) -> Iterator[tuple[BlockKey, Buffer]]:

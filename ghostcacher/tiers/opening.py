@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 
 from filelock import FileLock
 
@@ -14,6 +15,7 @@ from ghostcacher.events import CacheEvent, LogObserver, Observer
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
+from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.tiers.base import Tier
 from ghostcacher.tiers.catalog import ListingCatalog, ProbingCatalog
 from ghostcacher.tiers.deadline import DeadlineStore
@@ -37,6 +39,7 @@ def open_store(
     disk: int | str | None = "20GiB",
     remote: str | None = None,
     codec: str = "raw",
+    remote_codec: str | None = None,
     block_tokens: int = 128,
     salt: str | None = None,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
@@ -47,10 +50,14 @@ def open_store(
         directory: of the disk tier; None means ``$GHOSTCACHER_HOME``, else ``$HF_HOME/ghostcacher``.
         device: budget of decoded blocks on the model's device, such as ``"2GiB"``; None means no such tier.
         memory: budget of decoded blocks in RAM; ``"auto"`` is a tenth of the machine's, at most 4 GiB; None, none.
-        disk: budget of the directory, shared by all processes that use it; None means no disk tier.
+            ``"8GiB:int8"`` keeps them coded instead: more of them, and each is decoded when it is used.
+        disk: budget of the directory, shared by all processes that use it; None means no disk tier. ``"100GiB:int8"``
+            codes blocks there otherwise than ``codec`` says.
         remote: any fsspec URL, such as ``"s3://bucket/prefix"``; None means no remote tier. A call to it never
             takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS`` (5 s).
-        codec: of disk and remote: ``"raw"`` (exact) or ``"int8"`` (lossy, 8.5 bits a value).
+        codec: of disk and remote: ``"raw"`` and ``"raw.z"`` are exact, ``"int8"``, ``"int4"``, ``"ec(0.25)"`` and
+            ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are.
+        remote_codec: of the remote tier, if another.
         block_tokens: tokens in a block, 16 to 4096.
         salt: isolates tenants: other salts never see these blocks, in any tier.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
@@ -62,7 +69,7 @@ def open_store(
     """
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
-        block_tokens=block_tokens, salt=salt, strict=strict,
+        remote_codec=remote_codec, block_tokens=block_tokens, salt=salt, strict=strict,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 
@@ -71,12 +78,14 @@ def open_store(
             observer(event)
 
     readers = Readers()
-    chain = CodecChain(codec_named(config.codec))
-    tiers: list[Tier] = [*_decoded_tiers(config, observe)]
+    chains = {
+        text: CodecChain(codec_named(text)) for text in {config.memory_codec, config.disk_codec, config.remote_codec}
+    }
+    tiers: list[Tier] = [*_near_tiers(config, chains[config.memory_codec], observe, readers)]
     if config.disk_bytes is not None:
-        tiers.append(_disk_tier(config, chain, observe, readers))
+        tiers.append(_disk_tier(config, chains[config.disk_codec], observe, readers))
     if config.remote is not None:
-        tiers.append(_remote_tier(config, config.remote, chain, observe))
+        tiers.append(_remote_tier(config, config.remote, chains[config.remote_codec], observe))
     writer = Writer(int(physical_memory_bytes() * QUEUE_SHARE_OF_MEMORY), observe)
     return TierStack(config, tiers, writer, readers, observers)
 
@@ -90,12 +99,19 @@ def default_store() -> TierStack:
         return _default
 
 
-def _decoded_tiers(config: StoreConfig, observe: Observer) -> list[DecodedTier]:
-    sizes = (("device", config.device_bytes, None), ("memory", config.memory_bytes, "cpu"))
-    return [
-        DecodedTier(name, size, LeastRecentlyUsed(), observe, device=device)
-        for name, size, device in sizes if size is not None
-    ]  # fmt: skip
+def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, readers: Readers) -> Iterator[Tier]:
+    """Device and RAM: decoded blocks, or coded ones if RAM is to hold more of them."""
+    if config.device_bytes is not None:
+        yield DecodedTier("device", config.device_bytes, LeastRecentlyUsed(), observe, device=None)
+    if config.memory_bytes is None:
+        return
+    if config.memory_codec == "raw":
+        yield DecodedTier("memory", config.memory_bytes, LeastRecentlyUsed(), observe, device="cpu")
+        return
+    yield EncodedTier(
+        "memory", MemoryStore(), chain, LeastRecentlyUsed(), observe, is_local=True, budget_bytes=config.memory_bytes,
+        timeout_seconds=DISK_TIMEOUT_SECONDS, strict=config.strict, spread=readers,
+    )  # fmt: skip
 
 
 def _disk_tier(config: StoreConfig, chain: CodecChain, observe: Observer, readers: Readers) -> EncodedTier:

@@ -90,7 +90,7 @@ class TierStack:
         self.observers = observers
         self._writer = writer
         self._readers = readers
-        self._exact_only = config.codec == "raw"
+        self._exact_only = not any(tier.is_lossy for tier in tiers)
         self._counts = Counts()
         self._pending: list[Capture] = []
         self._pending_changed = threading.Condition()

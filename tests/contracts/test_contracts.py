@@ -7,6 +7,7 @@ import uuid
 import pytest
 
 from ghostcacher.codecs.bf16 import Bf16Codec
+from ghostcacher.codecs.bnb import BnbFp4Codec, BnbInt8Codec, BnbNf4Codec
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
@@ -117,6 +118,31 @@ class TestInt4Codec(CodecContract):
     @pytest.fixture
     def codec(self):
         return Int4Codec()
+
+
+class TestBnbInt8Codec(CodecContract):
+    relative_error = 0.02
+
+    @pytest.fixture
+    def codec(self):
+        return BnbInt8Codec()
+
+
+class TestBnbNf4Codec(CodecContract):
+    # The widest gap of its table is 0.3 of the largest value.
+    relative_error = 0.16
+
+    @pytest.fixture
+    def codec(self):
+        return BnbNf4Codec()
+
+
+class TestBnbFp4Codec(CodecContract):
+    relative_error = 0.17
+
+    @pytest.fixture
+    def codec(self):
+        return BnbFp4Codec()
 
 
 class TestPlaneCodec(CodecContract):

@@ -1,0 +1,149 @@
+"""ec and raw.z: real bytes against entropy, rotation, and blobs that lie about their frames."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghostcacher.blocks import KVBlock, KVLayout, Rotation
+from ghostcacher.codecs import entropy
+from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.ec import EntropyCodec
+from ghostcacher.codecs.entropy import compress, decompress
+from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, header_bytes, payload_digest
+from ghostcacher.codecs.planes import PlaneCodec
+from ghostcacher.codecs.registry import codec_named
+from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
+from ghostcacher.testing.codec import block, group
+
+ROTATION = Rotation(tuple(10000 ** (-n / 8) for n in range(8)))
+
+
+def bits(parts, tensor):
+    return sum(part.numel() * part.element_size() for part in parts.values()) * 8 / tensor.numel()
+
+
+def entropy_bits(codes):
+    counts = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    return float(-(counts * np.log2(counts)).sum())
+
+
+@pytest.mark.parametrize("c", [0.12, 0.25, 0.5, 1.0, 1.4])
+def test_real_bytes_are_close_to_the_entropy(c):
+    tensor = torch.randn((4, 3, 1024, 64), generator=torch.Generator().manual_seed(0))
+    given_group = group("values", heads=3, dim=64, layers=4)
+    parts = EntropyCodec.of(c).encode(given_group, tensor, Piece(1024, 1024))
+    codes = torch.cat([(layer / (c * layer.square().mean().sqrt())).round().flatten() for layer in tensor])
+    frames = {name: part for name, part in parts.items() if name.endswith(("frames", "escapes"))}
+    assert bits(frames, tensor) <= entropy_bits(codes) + 0.06
+
+
+def test_raw_z_takes_less_than_eleven_bits_of_sixteen():
+    tensor = torch.randn((4, 3, 1024, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
+    given_group = group("keys", heads=3, dim=64, layers=4, dtype="bfloat16")
+    assert bits(PlaneCodec().encode(given_group, tensor, Piece(0, 1024)), tensor) <= 10.8
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_are_coded_as_before_they_were_turned(interleaved):
+    """Channels keep their means then: turned by position, they would be spread as wide as the means are large."""
+    rotation = Rotation(ROTATION.frequencies, interleaved)
+    before = torch.randn(3, 2, 128, 16) + torch.linspace(-20, 20, 16)
+    keys, piece = rotation.at(512, 128).forward(before.clone()), Piece(512, 128)
+    plain = EntropyCodec.of(0.25).encode(group("keys"), keys, piece)
+    turned = EntropyCodec(0.25, rotation)
+    parts = turned.encode(group("keys"), keys, piece)
+    assert (turned.decode(group("keys"), piece, parts) - keys).abs().max() < 0.3
+    assert parts["keys.step"].max() < plain["keys.step"].min() / 4
+    elsewhere = turned.decode(group("keys"), Piece(513, 128), parts)
+    assert (elsewhere - keys).abs().max() > 1
+
+
+def test_a_rotation_is_written_into_the_block_and_read_from_there():
+    given_block = block(128)
+    layout = KVLayout(given_block.layout.layers, ROTATION)
+    chain = CodecChain(EntropyCodec.of(0.25))
+    blob = bytearray(b"".join(chain.encode(KVBlock(given_block.key, layout, given_block.tensors))))
+    with_it, without = (decode_blob(bytearray(blob), given_block.key, each) for each in (layout, given_block.layout))
+    assert all(torch.equal(*pair) for pair in zip(with_it.tensors, without.tensors, strict=True))
+    assert layout.digest == given_block.layout.digest
+    assert blob.count(b"frequencies") == 1
+
+
+def forged(blob):
+    """``blob`` with a digest that fits, as whoever can write the store can compute it."""
+    end = header_bytes(blob)
+    at = 8 + len(DIGEST_OPENING)
+    view = memoryview(blob)
+    blob[at : at + DIGEST_CHARS] = payload_digest(view[:end], [view[end:]]).encode()
+    return blob
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["ec(0.25)", "ec(1.0)", "raw.z"]), st.data())
+def test_forged_blobs_are_refused_or_have_the_right_shape(name, data):
+    given_block = block(128, dtype=torch.bfloat16)
+    blob = bytearray(b"".join(CodecChain(codec_named(name)).encode(given_block)))
+    end = header_bytes(blob)
+    for _ in range(data.draw(st.integers(1, 8))):
+        blob[data.draw(st.integers(end, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    reason = None
+    try:
+        decoded = decode_blob(forged(blob), given_block.key, given_block.layout)
+    except BlockError as error:
+        reason = error.reason
+    assert reason == "frame" or decoded.has_expected_shape()
+
+
+def test_a_frame_that_grows_beyond_what_was_coded_is_refused_within_bounded_memory():
+    bomb = compress(bytes(2**28))
+    tracemalloc.start()
+    with pytest.raises(BlockError, match="frame"):
+        decompress(bomb, 1000)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("frame", [b"", b"no frame", compress(b"ab") + b"c", compress(b"ab")[:-1], compress(b"abc")])
+def test_only_one_whole_frame_of_the_right_size_is_read(frame):
+    with pytest.raises(BlockError, match="frame"):
+        decompress(frame, 2)
+
+
+def test_a_window_beyond_the_limit_is_refused():
+    frame = bytearray(compress(bytes(range(200))))
+    assert struct.unpack("<I", frame[:4])[0] == 0xFD2FB528
+    huge = frame[:4] + bytes([0x00, (31 - 10) << 3]) + frame[6:]
+    with pytest.raises(BlockError, match="frame"):
+        decompress(bytes(huge), 200)
+
+
+@pytest.mark.parametrize(
+    "text", ["zip", "ec", "ec()", "ec(0)", "ec(9)", "ec(nan)", "ec(1,2)", "int8(3)", "EC(0.5)", ""]
+)
+def test_codecs_that_cannot_be_had_are_named(text):
+    with pytest.raises(ConfigurationError, match=r"codec=|ec\("):
+        codec_named(text)
+
+
+def test_without_zstd_the_error_names_the_extra(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(entropy.importlib, "import_module", missing)
+    entropy._zstd.cache_clear()
+    try:
+        with pytest.raises(MissingExtraError, match=r"ghostcacher\[zstd\]"):
+            codec_named("ec(0.25)")
+        blob = bytearray(b"".join(CodecChain(codec_named("int8")).encode(block(64))))
+        assert decode_blob(blob, block(64).key, block(64).layout).lossy
+    finally:
+        monkeypatch.undo()
+        entropy._zstd.cache_clear()
