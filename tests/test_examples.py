@@ -69,3 +69,18 @@ def test_the_demo_prints_its_document_and_nothing_else(tmp_path):
     assert all(each["cached_tokens"] > 2900 for each in warm)
     assert all(each["cached_tokens"] == 0 for each in cold)
     assert all(each["bytes"] > 10**8 for each in warm)
+
+
+def test_codecs_are_compared(tmp_path):
+    folder, codecs = ["--folder", tmp_path], ["--codecs", "int8", "int4"]
+    out = run(ROOT / "examples/quantized_research.py", "--prefix-tokens", 128, *folder, *codecs)
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["int8", "int4"]
+    assert (tmp_path / "codecs.csv").read_text().count("\n") == 3
+    assert (tmp_path / "codecs.svg").stat().st_size > 500
+
+
+def test_a_codec_of_ones_own_is_measured():
+    out = run(ROOT / "examples/own_codec.py", "--prefix-tokens", 128)
+    (own, built_in) = out.splitlines()
+    assert own.startswith("fp8: 8.00 bits")
+    assert built_in.startswith("int8: 8.")

@@ -29,7 +29,7 @@ class Measure:
     divergence of the next token's distribution from the exact one, in nats a token, with the smallest and the largest
     of the texts. ``top1`` is how often the likeliest token is the same, ``perplexity_change`` relative, against the
     text. ``encode_share`` and ``decode_share`` are rates on bf16 state as shares of copying it: 1.0 is as fast as
-    memory; processor time of this thread, medians over the texts.
+    memory; processor time of one thread, on the first text.
     """
 
     codec: str
@@ -51,17 +51,6 @@ class Measure:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Score:
-    bits: float
-    header_bits: float
-    kl: float
-    top1: float
-    perplexity_change: float
-    encode_share: float
-    decode_share: float
-
-
 def evaluate(
     model: Any, codec: str | TensorCodec, texts: Sequence[torch.Tensor] | Sequence[Replay], *,
     prefix_tokens: int = PREFIX_TOKENS, scored_tokens: int = SCORED_TOKENS, block_tokens: int = 128,
@@ -81,23 +70,23 @@ def evaluate(
         BlockError: the codec refuses the state (NaN, infinity).
     """
     chosen = codec_named(codec) if isinstance(codec, str) else codec
-    scores = []
-    for text in texts:
-        if isinstance(text, Replay):
-            replay = text
-        else:
-            replay = Replay.of(model, text[:, : prefix_tokens + scored_tokens], prefix_tokens, block_tokens)
-        scores.append(_score(replay, chosen))
-    kls = [score.kl for score in scores]
+    replays = [
+        text if isinstance(text, Replay)
+        else Replay.of(model, text[:, : prefix_tokens + scored_tokens], prefix_tokens, block_tokens)
+        for text in texts
+    ]  # fmt: skip
+    scores = [_score(replay, chosen) for replay in replays]
+    bits, header_bits, kls, top1s, changes = zip(*scores, strict=True)
     name = codec if isinstance(codec, str) else chosen.name
+    mean = statistics.fmean
     return Measure(
-        name, _mean(s.bits for s in scores), _mean(s.header_bits for s in scores), _mean(kls), min(kls), max(kls),
-        _mean(s.top1 for s in scores), _mean(s.perplexity_change for s in scores),
-        statistics.median(s.encode_share for s in scores), statistics.median(s.decode_share for s in scores),
+        name, mean(bits), mean(header_bits), mean(kls), min(kls), max(kls), mean(top1s), mean(changes),
+        *_shares(replays[0].blocks, chosen),
     )  # fmt: skip
 
 
-def _score(replay: Replay, codec: TensorCodec) -> _Score:
+def _score(replay: Replay, codec: TensorCodec) -> tuple[float, float, float, float, float]:
+    """Bits, bits of headers, and `quality`."""
     chain = CodecChain(codec)
     find = _finder(codec)
     blobs = [b"".join(chain.encode(block)) for block in replay.blocks]
@@ -107,21 +96,18 @@ def _score(replay: Replay, codec: TensorCodec) -> _Score:
     )
     values = sum(tensor.numel() for block in replay.blocks for tensor in block.tensors)
     header = sum(header_bytes(blob) for blob in blobs)
-    exact, coded = replay.logits.log_softmax(-1).double(), replay.again(decoded).log_softmax(-1).double()
+    bits, header_bits = (sum(map(len, blobs)) - header) * 8 / values, header * 8 / values
+    return bits, header_bits, *quality(replay, replay.again(decoded))
+
+
+def quality(replay: Replay, logits: torch.Tensor) -> tuple[float, float, float]:
+    """KL, top-1 agreement and relative change of perplexity of ``logits`` ``[tokens, vocabulary]`` for the rest."""
+    exact, coded = replay.logits.log_softmax(-1).double(), logits.log_softmax(-1).double()
     kl = float((exact.exp() * (exact - coded)).sum(-1).mean())
     top1 = float((exact.argmax(-1) == coded.argmax(-1)).double().mean())
-    encode_share, decode_share = _shares(replay.blocks, chain, find)
-    return _Score(
-        (sum(map(len, blobs)) - header) * 8 / values, header * 8 / values, kl, top1, _change(replay, exact, coded),
-        encode_share, decode_share,
-    )  # fmt: skip
-
-
-def _change(replay: Replay, exact: torch.Tensor, coded: torch.Tensor) -> float:
-    """Relative change of the perplexity of the text."""
     following = replay.rest[0, 1:, None].cpu()
-    losses = [-logits[:-1].gather(-1, following).mean() for logits in (exact, coded)]
-    return float((losses[1] - losses[0]).exp() - 1)
+    losses = [-each[:-1].gather(-1, following).mean() for each in (exact, coded)]
+    return kl, top1, float((losses[1] - losses[0]).exp() - 1)
 
 
 def _finder(codec: TensorCodec) -> Finder:
@@ -129,8 +115,9 @@ def _finder(codec: TensorCodec) -> Finder:
     return lambda name: type(codec) if name == codec.name and name not in CODECS else factory_of(name)
 
 
-def _shares(blocks: Sequence[KVBlock], chain: CodecChain, find: Finder) -> tuple[float, float]:
-    """Rates of encoding and decoding bf16 state, as shares of the rate of copying it."""
+def _shares(blocks: Sequence[KVBlock], codec: TensorCodec) -> tuple[float, float]:
+    """Rates of encoding and decoding bf16 state on one thread, as shares of the rate of copying it."""
+    chain, find = CodecChain(codec), _finder(codec)
     halves = [_in_bf16(block) for block in blocks if not block.key.is_snapshot]
     blobs = [bytearray(b"".join(chain.encode(block))) for block in halves]
     targets = [torch.zeros_like(tensor) for block in halves for tensor in block.tensors]
@@ -155,15 +142,16 @@ def _in_bf16(block: KVBlock) -> KVBlock:
 
 
 def _seconds(work: Callable[[], object], rounds: int = 3) -> float:
-    """Processor time of this thread, the median of some rounds after a first."""
-    work()
-    taken = []
-    for _ in range(rounds):
-        began = time.thread_time()
+    """Processor time on one thread, the median of some rounds after a first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         work()
-        taken.append(time.thread_time() - began)
+        taken = []
+        for _ in range(rounds):
+            began = time.thread_time()
+            work()
+            taken.append(time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return max(statistics.median(taken), 1e-9)
-
-
-def _mean(values: Any) -> float:
-    return statistics.fmean(values)

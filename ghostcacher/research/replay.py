@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ghostcacher.adapters.base import base_module
 from ghostcacher.adapters.calls import CallReader
@@ -23,12 +23,13 @@ from ghostcacher.keys import Namespace, PrefixChain
 class Replay:
     """One text: the blocks of its prefix as they were computed, the rest of it, and the exact logits of the rest.
 
-    ``rest`` is ``[1, tokens]``, ``logits`` ``[tokens, vocabulary]`` in fp32.
+    ``prefix`` and ``rest`` are ``[1, tokens]``, ``logits`` ``[tokens, vocabulary]`` in fp32.
     """
 
     module: Any
     shape: Shape
     blocks: tuple[KVBlock, ...]
+    prefix: torch.Tensor
     rest: torch.Tensor
     logits: torch.Tensor
 
@@ -55,7 +56,7 @@ class Replay:
         capture = RowCapture.of(state.frozen(), shape.layout, 0, Row(0, chain), (), prefix_tokens, snapshots=taken)
         blocks = tuple(_own(capture.block(key)) for key in list(capture.keys()))
         rest = text[:, prefix_tokens:]
-        return cls(module, shape, blocks, rest, _logits(module, rest, cache))
+        return cls(module, shape, blocks, text[:, :prefix_tokens], rest, _logits(module, rest, cache))
 
     def again(self, blocks: tuple[KVBlock, ...]) -> torch.Tensor:
         """Logits of the rest ``[tokens, vocabulary]`` with these blocks in place of the computed ones."""
@@ -66,6 +67,11 @@ class Replay:
         for block in blocks:
             landing.place(block)
         landing.commit(end)
+        return _logits(self.module, self.rest, cache)
+
+    def through(self, cache: Cache) -> torch.Tensor:
+        """Logits of the rest ``[tokens, vocabulary]`` after the prefix went through an empty ``cache`` of any kind."""
+        _logits(self.module, self.prefix, cache)
         return _logits(self.module, self.rest, cache)
 
 
@@ -79,7 +85,7 @@ def _cache(module: Any, shape: Shape) -> DynamicCache:
     return cache
 
 
-def _logits(module: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def _logits(module: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     reader = CallReader(module)
     begin = int(cache.get_seq_length())
     given = {reader.cache_name: cache, "use_cache": True, "return_dict": True}
