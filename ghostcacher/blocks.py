@@ -95,7 +95,8 @@ class Rotation:
 
     def at(self, start: int, tokens: int) -> Turn:
         """The turn of ``tokens`` tokens from position ``start`` on."""
-        angles = torch.arange(start, start + tokens, dtype=torch.float32)[:, None] * torch.tensor(self.frequencies)
+        positions = torch.arange(start, start + tokens, dtype=torch.float32, device="cpu")
+        angles = positions[:, None] * torch.tensor(self.frequencies, dtype=torch.float32, device="cpu")
         return Turn(angles.cos(), angles.sin(), self.interleaved)
 
 

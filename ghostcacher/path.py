@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -12,9 +13,10 @@ import torch
 from transformers import Cache
 
 from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
-from ghostcacher.adapters.calls import Call, continues, has_plain_positions, padding, why_not
+from ghostcacher.adapters.calls import Call, continues, goes_on, has_plain_positions, padding, why_not
 from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.media import media_of
+from ghostcacher.adapters.positions import last_positions
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
@@ -141,6 +143,8 @@ class Path:
             session.forget()
             session.storable_columns = self._storable_columns(session, rows)
             session.known_columns = self.shared_columns
+            session.is_current = self._currency(rows)
+            session.last_positions = last_positions(self.call.arguments.get("position_ids"))
             self._expect(session, rows, is_lossy=is_lossy)
             columns = self._run_pieces(session, rows, served.columns, base=0)
         except UnservedError as error:
@@ -166,6 +170,8 @@ class Path:
     def _why_unserved(self, pads: tuple[int, ...]) -> str | None:
         if not has_plain_positions(self.call, pads, 0):
             return "custom position_ids"
+        if any(pads) and self.call.arguments.get("position_ids") is None and self.adapter.reader.takes_positions:
+            return "padding without position_ids"
         if not self.adapter.reader.is_positioned(self.call):
             return "no position_ids, and the model would go on from those of an earlier call"
         if any(pads) and not self.adapter.serves_padding:
@@ -184,15 +190,17 @@ class Path:
     def _continue(self, session: Session | None, past: int) -> int:
         if session is None or session.rows is None:
             return 0
-        if not self.adapter.reader.is_positioned(self.call):
+        takes_images = self.adapter.takes_images
+        is_plain = self.adapter.reader.is_positioned(self.call)
+        if not is_plain or not goes_on(self.call, self.module, takes_images=takes_images):
             session.forget()
             return 0
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
-            session.note(self.call.input_ids, past)
+            session.note(self.call.input_ids, past, self.call.arguments.get("position_ids"))
             return 0
         pads = padding(self.call, past)
         is_known = pads is not None and past == session.columns and session.known_columns is None
-        is_known = is_known and not self.call.has_media
+        is_known = is_known and session.is_current() and bool(session.read())
         if not is_known or self._why_not() or not has_plain_positions(self.call, pads or (), past):
             session.forget()
             return 0
@@ -212,6 +220,7 @@ class Path:
                 raise
             served = Served(past, past)
         self._expect(session, rows, is_lossy=served.lossy or session.lossy_from is not None)
+        session.last_positions = last_positions(self.call.arguments.get("position_ids"))
         reached = self._run_pieces(session, rows, served.columns, base=past)
         if session.report is not None:
             cached = session.report.cached_tokens + served.columns - past
@@ -287,6 +296,20 @@ class Path:
             Row(pad, self._chain(ids[pad:], identity.namespace))
             for pad, ids in zip(pads, self._keyed_ids(), strict=True)
         )
+
+    def _currency(self, rows: Sequence[Row]) -> Callable[[], bool]:
+        """Answers whether the model still is what it was when this prompt began."""
+        adapter, module, longest = self.adapter, weakref.ref(self.module), _longest(rows)
+        config, mode, namespace = self.door.store.config, self.door.fingerprint, rows[0].chain.namespace
+
+        def is_current() -> bool:
+            found = module()
+            try:
+                return found is None or adapter.identify(found, config, mode, longest).namespace == namespace
+            except (UnservedError, ValueError):
+                return False
+
+        return is_current
 
     def _keyed_ids(self) -> list[list[int]]:
         ids: list[list[int]] = self.call.input_ids.tolist()

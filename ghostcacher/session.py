@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.positions import follow, last_positions
 from ghostcacher.adapters.state import CacheState, Held, Snapshot
 from ghostcacher.blocks import KVLayout
 from ghostcacher.events import CacheReport
@@ -15,6 +16,10 @@ from ghostcacher.keys import PrefixChain, common_tokens
 from ghostcacher.tiers.stack import TierStack
 
 CAPTURE_STEP_TOKENS = 16
+
+
+def _always() -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,9 @@ class Session:
     their device. ``stored_columns`` is how far state was handed to the store, ``storable_columns`` how far it may be
     at all (None: everywhere). ``known_columns`` is how far the columns are what their tokens say (None: everywhere):
     later ones were computed with adapters that set in there. ``snapshots`` are copies by column that wait to be
-    stored, ``wanted_columns`` is where more are wanted.
+    stored, ``wanted_columns`` is where more are wanted. ``last_positions`` are the positions of the last column, and
+    ``follows`` is whether those of later steps went on from them: a scalar on their device. ``is_current`` asks whether
+    the model still is what it was when the prompt began.
     """
 
     store: TierStack
@@ -51,6 +58,9 @@ class Session:
     storable_columns: int | None = None
     known_columns: int | None = None
     lossy_from: int | None = None
+    last_positions: torch.Tensor | None = None
+    follows: torch.Tensor | None = None
+    is_current: Callable[[], bool] = _always
     expected: Expected | None = None
     is_running_pieces: bool = False
 
@@ -74,6 +84,7 @@ class Session:
         self.noted_columns = self.stored_columns = 0
         self.snapshots = {}
         self.lossy_from = self.storable_columns = self.known_columns = None
+        self.last_positions = self.follows = None
 
     def know(self, rows: Sequence[Row]) -> None:
         """The columns hold exactly these rows."""
@@ -81,8 +92,8 @@ class Session:
         self.noted = []
         self.noted_columns = 0
 
-    def note(self, ids: torch.Tensor, past: int) -> None:
-        """``ids`` ``[rows, tokens]`` go into the columns after ``past``. Does not wait for the device.
+    def note(self, ids: torch.Tensor, past: int, positions: torch.Tensor | None = None) -> None:
+        """``ids`` ``[rows, tokens]`` at ``positions`` go into the columns after ``past``. Does not wait for the device.
 
         Columns that something cut off the cache since (rejected candidates) are forgotten here too. What stands
         before ``past`` has been built upon, so every 16 columns of it are handed to the store.
@@ -94,12 +105,18 @@ class Session:
         if past < self.columns:
             self.cut_to(past)
         if past - self.stored_columns >= CAPTURE_STEP_TOKENS:
+            if not self.is_current():
+                self.forget()
+                return
             self.capture()
+        self._follow(positions, past)
         self.noted.append(ids.detach())
         self.noted_columns += ids.shape[1]
 
     def read(self) -> tuple[Row, ...]:
         """The rows with every noted token read (waits for the device) and known."""
+        if self.rows is not None and self.follows is not None and not bool(self.follows):
+            self.forget()
         if self.rows is None:
             return ()
         if self.noted:
@@ -109,15 +126,29 @@ class Session:
 
     def cut_to(self, columns: int) -> None:
         """Know only the first ``columns`` columns."""
-        rows = self.read()
+        removed, rows = self.columns - columns, self.read()
+        if not rows:
+            return
+        if self.last_positions is not None:
+            self.last_positions = self.last_positions - removed
         self.stored_columns = min(self.stored_columns, columns)
         self.snapshots = {column: taken for column, taken in self.snapshots.items() if column <= columns}
         self.know([Row(min(row.pads, columns), _cut(row.chain, columns - row.pads)) for row in rows])
 
+    def _follow(self, positions: torch.Tensor | None, past: int) -> None:
+        if positions is None or self.rows is None:
+            return
+        last = self.last_positions
+        if last is None:
+            last = torch.tensor([[[past - 1 - row.pads] for row in self.rows]], device=positions.device)
+        follows = follow(positions, last)
+        self.follows = follows if self.follows is None else self.follows & follows
+        self.last_positions = last_positions(positions)
+
     def shared_columns(self, rows: Sequence[Row]) -> int:
         """Leading columns that hold exactly what ``rows`` begin with."""
         held = self.read()
-        if [row.pads for row in held] != [row.pads for row in rows]:
+        if not held or [row.pads for row in held] != [row.pads for row in rows]:
             return 0
         shared = min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
         return shared if self.known_columns is None else min(shared, self.known_columns)
@@ -178,13 +209,14 @@ class Session:
         return RowCapture.of(
             held, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
             first_token=max(0, self.stored_columns - row.pads), snapshots=self.snapshots, lossy_from=self.lossy_from,
-            trims_repeats=trims_repeats,
+            trims_repeats=trims_repeats, follows=self.follows,
         )  # fmt: skip
 
 
 def finish(session: Session) -> None:
     """Store what a cache object held when it went away."""
-    if session.rows is not None and not session.may_be_reordered() and session.state.is_at(session.columns):
+    is_known = session.rows is not None and not session.may_be_reordered() and session.is_current()
+    if is_known and session.state.is_at(session.columns):
         session.capture(is_last=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ghostcacher.adapters.media import MEDIA_ARGUMENTS, TYPE_ARGUMENTS, Media
+from ghostcacher.adapters.media import MEDIA_ARGUMENTS, MEDIA_CONTENT, TYPE_ARGUMENTS, Media
 from ghostcacher.adapters.positions import are_plain
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -48,7 +48,7 @@ class Call:
     @property
     def has_media(self) -> bool:
         """Whether the call gives images or videos, read or not."""
-        return any(not _says_nothing(self.arguments.get(name)) for name in MEDIA_ARGUMENTS)
+        return any(not _says_nothing(self.arguments.get(name)) for name in MEDIA_CONTENT)
 
     @property
     def is_tokens(self) -> bool:
@@ -157,6 +157,18 @@ def why_not(call: Call, module: Any, *, takes_images: bool) -> str | None:
     )
     broken = next((reason for is_broken, reason in rules if is_broken), None)
     return broken or _unknown_argument(call, module.config, takes_images=takes_images)
+
+
+def goes_on(call: Call, module: Any, *, takes_images: bool) -> bool:
+    """Whether a call after a prompt gives nothing but tokens of text. Waits for the device only for token types.
+
+    Before transformers 5.24 multimodal types of the whole sequence come with every step: only longer calls are asked.
+    """
+    if not call.is_tokens or call.has_media or _unknown_argument(call, module.config, takes_images=takes_images):
+        return False
+    names = TYPE_ARGUMENTS if call.width > 1 else TYPE_ARGUMENTS[:1]
+    types = [call.arguments[name] for name in names if isinstance(call.arguments.get(name), torch.Tensor)]
+    return not any(bool((each[..., -call.width :] != 0).any()) for each in types)
 
 
 def _unknown_argument(call: Call, config: Any, *, takes_images: bool) -> str | None:

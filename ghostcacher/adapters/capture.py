@@ -38,7 +38,8 @@ class RowCapture:
     """State of one row, as views of the layers' buffers, to be copied on the writer's thread.
 
     ``noted`` are decoded token ids not read yet (reading them would wait for the device). ``snapshots`` are copies
-    already, by the length after which they are valid.
+    already, by the length after which they are valid. ``follows`` is a scalar that says whether decoded tokens
+    were given the positions after the prompt's.
     """
 
     begun: PrefixChain
@@ -50,12 +51,13 @@ class RowCapture:
     snapshots: Mapping[int, tuple[tuple[torch.Tensor, ...], ...]] = field(default_factory=dict)
     lossy_from: int | None = None
     trims_repeats: bool = False
+    follows: torch.Tensor | None = None
 
     @classmethod
     def of(
         cls, held: Sequence[Held], layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
         tokens: int, *, first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None,
-        lossy_from: int | None = None, trims_repeats: bool = False,
+        lossy_from: int | None = None, trims_repeats: bool = False, follows: torch.Tensor | None = None,
     ) -> RowCapture:  # fmt: skip
         """``tokens`` tokens of row ``number`` of what the layers hold, with ``snapshots`` of all rows by column."""
         runs = tuple(
@@ -66,7 +68,7 @@ class RowCapture:
             column - row.pads: _of_row(snapshot, layout, number)
             for column, snapshot in (snapshots or {}).items() if column > row.pads
         }  # fmt: skip
-        return cls(row.chain, noted, layout, runs, tokens, first_token, taken, lossy_from, trims_repeats)
+        return cls(row.chain, noted, layout, runs, tokens, first_token, taken, lossy_from, trims_repeats, follows)
 
     @property
     def size_bytes(self) -> int:
@@ -75,7 +77,9 @@ class RowCapture:
         return max(0, self.tokens - self.first_token) * self.layout.token_bytes() + snapshot_bytes
 
     def keys(self) -> Sequence[BlockKey]:
-        """See `Capture.keys`. Reads the decoded token ids."""
+        """See `Capture.keys`. Reads the decoded token ids, and whether they stand where they were counted."""
+        if self.follows is not None and not bool(self.follows):
+            return []
         chain = self.begun
         if self.noted:
             ids = torch.cat([ids.reshape(-1) for ids in self.noted]).tolist()

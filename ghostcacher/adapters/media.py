@@ -28,6 +28,8 @@ LEAST_TOKENS = 4
 """Placeholders a run must have: each gives 30 bits of the identity."""
 
 MEDIA_ARGUMENTS = frozenset({ENCODED, PIXELS, *PER_IMAGE})
+MEDIA_CONTENT = (ENCODED, PIXELS)
+"""Those without which the others mean nothing."""
 TYPE_ARGUMENTS = ("token_type_ids", "mm_token_type_ids")
 _ID_BYTES = 4
 

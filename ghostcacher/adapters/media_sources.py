@@ -83,7 +83,7 @@ class Pixels:
         self._given: dict[str, torch.Tensor] = {name: arguments[name] for name in names}
         self._spans = list(spans)
         self._encoder = json.dumps(whole_config(config), sort_keys=True).encode()
-        self._images = _per_image(self._given, len(self._spans))
+        self._images = _per_image(self._given, [span.end - span.start for span in self._spans])
         self.units: Sequence[Span] = self._spans if self._images else _hull(self._spans)
 
     def content(self, span: Span) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,17 +117,24 @@ def _features(output: Any) -> list[torch.Tensor]:
     return [torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in layer]) for layer in layers]
 
 
-def _per_image(given: Mapping[str, torch.Tensor], images: int) -> list[dict[str, torch.Tensor]] | None:
-    """The tensors of each image, with an axis of images in front, or None if they cannot be told apart."""
+def _per_image(given: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> list[dict[str, torch.Tensor]] | None:
+    """The tensors of each image, with an axis of images in front, or None if they cannot be told apart.
+
+    ``lengths`` are those of the placeholder runs: features fill them one after another, so an image belongs to a run
+    only if all runs are as long as their images are large.
+    """
+    images = len(lengths)
     if "image_grid_thw" in given:
         sizes = given["image_grid_thw"].prod(dim=-1).tolist()
         pixels = given[PIXELS]
         if len(given) != 2 or len(sizes) != images or sum(sizes) != len(pixels):  # noqa: PLR2004 (pixels and grid)
             return None
+        if any(size * lengths[0] != sizes[0] * length for size, length in zip(sizes, lengths, strict=True)):
+            return None
         grids = torch.split(given["image_grid_thw"], 1)
         return [{PIXELS: p, "image_grid_thw": g} for p, g in zip(torch.split(pixels, sizes), grids, strict=True)]
     flat = {name: t.flatten(0, 1) for name, t in given.items()} if given[PIXELS].dim() == _WITH_IMAGE_AXIS else given
-    if any(len(tensor) != images for tensor in flat.values()) or _has_blank(flat[PIXELS]):
+    if len(set(lengths)) > 1 or any(len(t) != images for t in flat.values()) or _has_blank(flat[PIXELS]):
         return None
     return [{name: tensor[n : n + 1] for name, tensor in flat.items()} for n in range(images)]
 

@@ -24,6 +24,17 @@ def planes_of(positions: torch.Tensor) -> torch.Tensor:
     return positions[None] if positions.dim() == 2 else positions  # noqa: PLR2004 (rows and tokens)
 
 
+def last_positions(positions: object) -> torch.Tensor | None:
+    """The last of each row and plane, ``[planes, rows, 1]``, if positions are given."""
+    return planes_of(positions)[..., -1:].detach() if isinstance(positions, torch.Tensor) else None
+
+
+def follow(positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Whether ``position_ids`` count on by ones from ``last`` `last_positions`; a scalar on their device."""
+    planes = planes_of(positions)
+    return (torch.cat([last.to(planes.device), planes], dim=-1).diff(dim=-1) == 1).all()
+
+
 def are_plain(positions: object, pads: Sequence[int], past: int, width: int, spans: Sequence[Span] = ()) -> bool:
     """Whether ``positions``, if given, follow from the tokens: 0, 1, 2, … from each row's first token.
 

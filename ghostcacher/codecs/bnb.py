@@ -32,6 +32,16 @@ class _Bnb:
     lossy: ClassVar[bool] = True
     values_per_byte: ClassVar[int]
 
+    @classmethod
+    def of(cls) -> Self:
+        """The codec.
+
+        Raises:
+            MissingExtraError: bitsandbytes is not installed, or does not work here.
+        """
+        _bitsandbytes()
+        return cls()
+
     def parameters(self) -> dict[str, Any]:
         """None."""
         return {}
@@ -75,7 +85,7 @@ class _Bnb:
         coded, name = coded_tokens(group, piece), group.name
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         values = self._restored(parts[f"{name}.codes"], parts[f"{name}.absmax"], prod(group.shape(coded)))
         decoded[..., :coded, :] = values.view(group.shape(coded))
         if coded < piece.tokens:
@@ -133,5 +143,5 @@ class BnbInt8Codec(_Bnb):
 def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes.functional")
-    except ImportError as error:
+    except Exception as error:  # its import looks for devices and libraries, and fails in many ways
         raise MissingExtraError("bitsandbytes", "bnb", "this codec") from error

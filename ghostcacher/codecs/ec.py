@@ -20,7 +20,7 @@ import torch
 from ghostcacher.blocks import KVLayout, Rotation, TensorGroup, Turn
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.entropy import compress, decompress, require
-from ghostcacher.codecs.grouping import check_finite, coded_tokens, rest_fields, sink_tokens
+from ghostcacher.codecs.grouping import check_finite, coded_tokens, rest_fields, sink_dtype, sink_fields, sink_tokens
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.errors import BlockError, ConfigurationError
 
@@ -85,7 +85,7 @@ class EntropyCodec:
             TensorField(f"{name}.frames", "U8", (VARIABLE,)),
             TensorField(f"{name}.escapes", "U8", (VARIABLE,)),
             *([TensorField(f"{name}.classes", "U8", (layers, heads, channels))] if _classes(coded) > 1 else []),
-            *([TensorField(f"{name}.sinks", "BF16", group.shape(sinks))] if sinks else []),
+            *sink_fields(group, sinks),
             *rest_fields(group, piece, coded),
         )
 
@@ -107,9 +107,14 @@ class EntropyCodec:
         values = values.sub_(mean)
         values[..., :sinks] = 0.0
         step = (self.c * _spread(values[..., sinks:])).bfloat16()
-        check_finite(group, mean, step, tensor[..., :sinks, :])
+        first = tensor[..., :sinks, :].to(sink_dtype(group))
+        # Turned keys are at most the square root of two larger than either of a pair; a code is off by half a step.
+        largest = 1.5 * (values.abs().amax() + mean.float().abs().amax() + step.float().amax())
+        check_finite(group, mean, step, first, largest.to(group.spec.torch_dtype))
         rows = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None, None]).round_().flatten(1, 2)
-        classes = _classes_of(rows) if _classes(coded) > 1 else torch.zeros(rows.shape[:2], dtype=torch.uint8)
+        classes = (
+            _classes_of(rows) if _classes(coded) > 1 else torch.zeros(rows.shape[:2], dtype=torch.uint8, device="cpu")
+        )
         frames = [
             compress(self._symbols(layer[of_layer == number])) if bool((of_layer == number).any()) else b""
             for layer, of_layer in zip(rows.clamp(-self._limit, self._limit), classes, strict=True)
@@ -125,7 +130,7 @@ class EntropyCodec:
         if _classes(coded) > 1:
             parts[f"{name}.classes"] = classes.view(mean.squeeze(-1).shape)
         if sinks:
-            parts[f"{name}.sinks"] = tensor[..., :sinks, :].bfloat16()
+            parts[f"{name}.sinks"] = first
         if coded < piece.tokens:
             parts[f"{name}.rest"] = tensor[..., coded:, :]
         return parts
@@ -140,16 +145,18 @@ class EntropyCodec:
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
         layers, heads, _, channels = group.shape(coded)
-        classes = parts.get(f"{name}.classes", torch.zeros((layers, heads, channels), dtype=torch.uint8)).flatten(1)
+        classes = parts.get(
+            f"{name}.classes", torch.zeros((layers, heads, channels), dtype=torch.uint8, device="cpu")
+        ).flatten(1)
         sizes = parts[f"{name}.sizes"].flatten().tolist()
         if min(sizes) < 0 or sum(sizes) != len(parts[f"{name}.frames"]) or int(classes.max()) >= _classes(coded):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
         frames = torch.split(parts[f"{name}.frames"], sizes)
-        codes = torch.empty((layers, heads * channels, coded), dtype=torch.int8)
+        codes = torch.empty((layers, heads * channels, coded), dtype=torch.int8, device="cpu")
         for layer, into in enumerate(codes):
             self._decode_layer(frames[layer * _classes(coded) :], classes[layer], into)
         escapes = _Escapes(parts[f"{name}.escapes"], codes, self._limit)
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         steps, mean = parts[f"{name}.step"].float().tolist(), parts[f"{name}.mean"].float().unsqueeze(-2)
         turn = self._turn(group, coded, piece.start)
         for layer in range(layers):
@@ -240,6 +247,10 @@ def _spread(values: torch.Tensor) -> torch.Tensor:
 def _classes(coded: int) -> int:
     """How many frames a layer has: one in short blocks, where tables and class numbers cost more than they save."""
     return CLASSES if coded >= CLASSED_FROM_TOKENS else 1
+
+
+def _one_class(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8, device="cpu")
 
 
 def _classes_of(rows: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ kept in bf16 by every codec below 8 bits.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from ghostcacher.blocks import TOKENS, TensorGroup
@@ -30,7 +32,7 @@ def coded_tokens(group: TensorGroup, piece: Piece) -> int:
     """
     spec = group.spec
     is_known = spec.name in {"keys", "values"} and spec.dtype in _FLOATS
-    is_per_head = len(spec.shape) == _PER_HEAD_RANK and spec.shape[1] == TOKENS
+    is_per_head = len(spec.shape) == _PER_HEAD_RANK and spec.shape[1] == TOKENS and prod(group.shape(1)) > 0
     return piece.tokens // GROUP_TOKENS * GROUP_TOKENS if is_known and is_per_head else 0
 
 
@@ -45,6 +47,17 @@ def rest_fields(group: TensorGroup, piece: Piece, coded: int) -> tuple[TensorFie
         return ()
     dtype = SAFETENSORS_DTYPES[group.spec.dtype]
     return (TensorField(f"{group.name}.rest", dtype, group.shape(piece.tokens - coded if coded else piece.tokens)),)
+
+
+def sink_dtype(group: TensorGroup) -> torch.dtype:
+    """What the first tokens of a prefix are kept in: a model's own half precision, bf16 of fp32."""
+    return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16
+
+
+def sink_fields(group: TensorGroup, sinks: int) -> tuple[TensorField, ...]:
+    """The field of the first tokens, if this piece holds them."""
+    dtype = "F16" if sink_dtype(group) is torch.float16 else "BF16"
+    return (TensorField(f"{group.name}.sinks", dtype, group.shape(sinks)),) if sinks else ()
 
 
 def value_group(channels: int) -> int:

@@ -133,7 +133,8 @@ class BlockHeader:
 
 def spoken(record: Mapping[str, Any]) -> str:
     """What ``open_store(codec=…)`` takes for the codec that a header records: ``"ec(0.25)"``."""
-    return f"{record['name']}({record['c']:g})" if "c" in record else str(record["name"])
+    name, c = str(record.get("name", "?")), record.get("c")
+    return f"{name}({c:g})" if isinstance(c, int | float) else name
 
 
 def header_bytes(blob: Buffer) -> int:

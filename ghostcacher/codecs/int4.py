@@ -19,6 +19,8 @@ from ghostcacher.codecs.grouping import (
     coded_tokens,
     group_axis,
     rest_fields,
+    sink_dtype,
+    sink_fields,
     sink_tokens,
     value_group,
 )
@@ -52,7 +54,7 @@ class Int4Codec:
         sinks, name = sink_tokens(piece, coded), group.name
         return (
             *end_fields(group, coded),
-            *([TensorField(f"{name}.sinks", _sink_field(group), group.shape(sinks))] if sinks else []),
+            *sink_fields(group, sinks),
             TensorField(f"{name}.codes", "U8", _packed_shape(group, coded)),
             *rest_fields(group, piece, coded),
         )
@@ -75,7 +77,7 @@ class Int4Codec:
         low, high = codes.chunk(2, dim=group_axis(group))
         parts[f"{group.name}.codes"] = (low + high * _HIGH).reshape(_packed_shape(group, coded))
         if sinks:
-            parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(_sink_dtype(group))
+            parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(sink_dtype(group))
             check_finite(group, parts[f"{group.name}.sinks"])
         if coded < piece.tokens:
             parts[f"{group.name}.rest"] = tensor[..., coded:, :]
@@ -87,7 +89,7 @@ class Int4Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         axis, sinks = group_axis(group), sink_tokens(piece, coded)
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         decoder, packed = Decoder(group, parts, STEPS), parts[f"{group.name}.codes"].view(_unflattened(group, coded))
         for layer, into in enumerate(decoded[..., :coded, :]):
             codes = torch.cat([packed[layer] % _HIGH, packed[layer] // _HIGH], dim=axis)
@@ -97,14 +99,6 @@ class Int4Codec:
         if coded < piece.tokens:
             decoded[..., coded:, :] = parts[f"{group.name}.rest"]
         return decoded
-
-
-def _sink_dtype(group: TensorGroup) -> torch.dtype:
-    return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16
-
-
-def _sink_field(group: TensorGroup) -> str:
-    return "F16" if group.spec.dtype == "float16" else "BF16"
 
 
 def _coded(group: TensorGroup, piece: Piece) -> int:

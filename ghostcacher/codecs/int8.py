@@ -60,7 +60,7 @@ class Int8Codec:
         coded = coded_tokens(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
+        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         decoder, codes = Decoder(group, parts, STEPS), grouped(group, parts[f"{group.name}.codes"])
         for layer, into in enumerate(decoded[..., :coded, :]):
             into.copy_(decoder.values(layer, codes[layer]).view(into.shape))

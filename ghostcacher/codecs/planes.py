@@ -16,7 +16,7 @@ import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
-from ghostcacher.codecs.entropy import compress, decompress
+from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.errors import BlockError
 
@@ -30,6 +30,16 @@ class PlaneCodec:
     name: ClassVar[str] = "raw.z"
     lossy: ClassVar[bool] = False
 
+    @classmethod
+    def of(cls) -> Self:
+        """The codec.
+
+        Raises:
+            MissingExtraError: there is no zstd.
+        """
+        require()
+        return cls()
+
     def parameters(self) -> dict[str, Any]:
         """None."""
         return {}
@@ -41,7 +51,7 @@ class PlaneCodec:
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
         """``noise`` U8 ``[layers, bytes]`` is all but the exponents; ``frames`` are theirs, end to end."""
         shape = group.shape(piece.tokens)
-        if not _is_coded(group):
+        if not _is_coded(group, piece):
             return (TensorField(group.name, SAFETENSORS_DTYPES[group.spec.dtype], shape),)
         layers, name = shape[0], group.name
         return (
@@ -52,7 +62,7 @@ class PlaneCodec:
 
     def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
         """See `fields`."""
-        if not _is_coded(group):
+        if not _is_coded(group, piece):
             return {group.name: tensor}
         integers = tensor.contiguous().view(_INTEGERS[group.spec.dtype]).view(tensor.shape[0], -1)
         planes = _rotated(integers, 1).view(torch.uint8).view(*integers.shape, _item_bytes(group))
@@ -70,12 +80,12 @@ class PlaneCodec:
             BlockError: ``frame``: a frame that is not what the header says.
         """
         shape, name = group.shape(piece.tokens), group.name
-        if not _is_coded(group):
+        if not _is_coded(group, piece):
             return parts[name].view(shape)
         sizes, count, item_bytes = parts[f"{name}.sizes"].tolist(), prod(shape[1:]), _item_bytes(group)
         if min(sizes, default=0) < 0 or sum(sizes) != len(parts[f"{name}.frames"]):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
-        planes = torch.empty((shape[0], count, item_bytes), dtype=torch.uint8)
+        planes = torch.empty((shape[0], count, item_bytes), dtype=torch.uint8, device="cpu")
         planes[..., :-1] = parts[f"{name}.noise"].view(shape[0], count, item_bytes - 1)
         for layer, frame in enumerate(torch.split(parts[f"{name}.frames"], sizes)):
             exponents = bytearray(decompress(frame.numpy().data, count))
@@ -84,8 +94,8 @@ class PlaneCodec:
         return _rotated(integers, -1).view(group.spec.torch_dtype).view(shape)
 
 
-def _is_coded(group: TensorGroup) -> bool:
-    return group.spec.dtype in _INTEGERS
+def _is_coded(group: TensorGroup, piece: Piece) -> bool:
+    return group.spec.dtype in _INTEGERS and prod(group.shape(piece.tokens)) > 0
 
 
 def _item_bytes(group: TensorGroup) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ghostcacher.codecs.base import TensorCodec
@@ -24,7 +24,7 @@ Finder = Callable[[str], Factory | None]
 ENTRY_POINTS = "ghostcacher.codecs"
 CODECS: Mapping[str, Factory] = {
     "bf16": Bf16Codec, "ec": EntropyCodec.of, "int4": Int4Codec, "int8": Int8Codec, "raw": RawCodec,
-    "raw.z": PlaneCodec, "bnb_int8": BnbInt8Codec, "bnb_nf4": BnbNf4Codec, "bnb_fp4": BnbFp4Codec,
+    "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of, "bnb_nf4": BnbNf4Codec.of, "bnb_fp4": BnbFp4Codec.of,
 }  # fmt: skip
 _SPOKEN = re.compile(r"(?P<name>[a-z0-9_.]+)(?:\((?P<number>[0-9.eE+-]+)\))?")
 
@@ -64,18 +64,30 @@ def codec_from(record: Mapping[str, Any], find: Finder | None = None) -> TensorC
         raise ConfigurationError(f"codec {name!r} is unknown to this version")
     try:
         return make(**parameters)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"codec {name!r} does not take these parameters") from error
 
 
-@cache
 def factory_of(name: str) -> Factory | None:
-    """What makes a codec of this name: one of `CODECS`, or what an installed package offers; None if nobody does."""
+    """What makes a codec of this name: one of `CODECS`, or what an installed package offers; None if nobody does.
+
+    Raises:
+        ConfigurationError: what the package offers cannot be loaded.
+    """
     if name in CODECS:
         return CODECS[name]
-    offered = entry_points(group=ENTRY_POINTS, name=name)
-    found: Factory | None = next((entry.load() for entry in offered), None)
+    entry = offered().get(name)
+    try:
+        found: Factory | None = entry.load() if entry else None
+    except Exception as error:  # a foreign package
+        raise ConfigurationError(f"codec {name!r} of another package cannot be loaded: {error}") from error
     return found
+
+
+@cache
+def offered() -> Mapping[str, EntryPoint]:
+    """Codecs of installed packages."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def record_of(codec: TensorCodec) -> dict[str, Any]:

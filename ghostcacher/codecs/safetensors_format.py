@@ -48,7 +48,7 @@ class CodecChain:
         codec, piece = self.codec.for_layout(block.layout), Piece.of(block.key)
         tensors: dict[str, torch.Tensor] = {}
         for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
-            tensors.update(codec.encode(group, tensor, piece))
+            tensors.update(codec.encode(group, tensor.detach().cpu(), piece))
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         header = BlockHeader(
             block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,
@@ -74,9 +74,17 @@ def decode_blob(
     if exact_only and claimed.lossy:
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
-        codec = codec_from(claimed.codec, find)
+        return _verified(blob, claimed, key, layout, find)
+    except BlockError:
+        raise
     except (ConfigurationError, MissingExtraError) as error:
         raise BlockError("codec", str(error)) from error
+    except Exception as error:
+        raise BlockError("frame", f"not what its codec writes ({type(error).__name__}: {error})") from error
+
+
+def _verified(blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayout, find: Finder | None) -> KVBlock:
+    codec = codec_from(claimed.codec, find)
     if codec.lossy and not claimed.lossy:
         raise BlockError("geometry", "a lossy codec in a block that says it is exact")
     claims = {field.name: field.shape[0] for field in claimed.fields if len(field.shape) == 1}

@@ -30,7 +30,7 @@ from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
 
 SWEEP_SHARE = 0.05
-_KEEP = frozenset({"version", "lossy"})
+_KEEP = frozenset({"version", "lossy", "codec"})
 
 
 class EncodedTier:

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostcacher.blocks import KVBlock, KVLayout, Rotation
+from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, Rotation, TensorGroup, TensorSpec
 from ghostcacher.codecs import entropy
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.entropy import compress, decompress
-from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, header_bytes, payload_digest
+from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, header_bytes, payload_digest, spoken
 from ghostcacher.codecs.planes import PlaneCodec
-from ghostcacher.codecs.registry import codec_named
+from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group
@@ -147,3 +147,65 @@ def test_without_zstd_the_error_names_the_extra(monkeypatch):
     finally:
         monkeypatch.undo()
         entropy._zstd.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"name": "ec", "c": 0.5, "frequencies": [10**400]},
+        {"name": "ec", "c": "x"},
+        {"name": "ec", "c": 0.5, "frequencies": [[1]]},
+        {"name": "ec"},
+        {"name": "e" * 10_000},
+        {"name": 3},
+        {},
+    ],
+)
+def test_records_that_no_codec_wrote_are_refused(record):
+    with pytest.raises(ConfigurationError):
+        codec_from(record)
+    assert isinstance(spoken(record), str)
+
+
+@pytest.mark.parametrize("codec", ["raw.z", "int8", "int4", "ec(0.25)", "bf16", "raw"])
+def test_tensors_without_values(codec):
+    """A snapshot after a whole number of entries holds empty buffers."""
+    for spec in (TensorSpec("keys", "bfloat16", (0, TOKENS, 16)), TensorSpec("buffer", "bfloat16", (0, 16))):
+        empty, piece = TensorGroup(spec.name, spec, (0, 1)), Piece(0, 64)
+        tensor = torch.zeros(empty.shape(64), dtype=torch.bfloat16)
+        chosen = codec_named(codec)
+        back = chosen.decode(empty, piece, chosen.encode(empty, tensor, piece))
+        assert back.shape == tensor.shape
+
+
+@pytest.mark.parametrize("codec", ["ec(0.25)", "ec(0.5)", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["sink", "constant", "wide"])
+def test_finite_values_never_come_back_infinite(codec, dtype, kind):
+    given_group = group("keys", dtype=dtype)
+    largest = torch.finfo(given_group.spec.torch_dtype).max
+    tensor = torch.randn(given_group.shape(64), generator=torch.Generator().manual_seed(0))
+    if kind == "sink":
+        tensor[..., 0, :] = largest
+    elif kind == "constant":
+        tensor[..., 3] = largest
+    else:
+        tensor = tensor.clamp(-3, 3) / 3 * (largest / 2)
+    tensor, piece, chosen = tensor.to(given_group.spec.torch_dtype), Piece(0, 64), codec_named(codec)
+    try:
+        back = chosen.decode(given_group, piece, chosen.encode(given_group, tensor, piece))
+    except BlockError:
+        return
+    assert torch.isfinite(back).all()
+
+
+def test_torchs_defaults_do_not_change_what_is_decoded():
+    keys, piece = torch.randn(3, 2, 128, 16), Piece(4096, 128)
+    codec = EntropyCodec(0.1, ROTATION)
+    parts = codec.encode(group("keys"), keys, piece)
+    plain = codec.decode(group("keys"), piece, parts)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(codec.decode(group("keys"), piece, parts), plain)
+    finally:
+        torch.set_default_dtype(torch.float32)

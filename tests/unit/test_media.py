@@ -103,11 +103,11 @@ def test_what_is_left_of_features_after_a_cut():
 
 
 def test_what_is_left_of_pixels_after_a_cut():
-    grid = torch.tensor([[1, 2, 2], [1, 4, 2]])
-    patches = torch.randn((12, 5), generator=torch.Generator().manual_seed(2))
+    grid = torch.tensor([[1, 2, 4], [1, 4, 2]])
+    patches = torch.randn((16, 5), generator=torch.Generator().manual_seed(2))
     media = media_of({"pixel_values": patches, "image_grid_thw": grid}, IDS, config())
     left = media.between(8, 15)
-    assert torch.equal(left["pixel_values"], patches[4:])
+    assert torch.equal(left["pixel_values"], patches[8:])
     assert torch.equal(left["image_grid_thw"], grid[1:])
     assert media.between(13, 15) == {"pixel_values": None, "image_grid_thw": None}
 
@@ -125,6 +125,13 @@ def test_images_that_cannot_be_told_apart_are_one_unit(pixels):
     assert [media.floor(column) for column in (3, 7, 8, 12, 13)] == [3, 3, 3, 3, 13]
     assert torch.equal(media.between(0, 15)["pixel_values"], pixels)
     assert media.between(13, 15)["pixel_values"] is None
+
+
+def test_images_whose_sizes_do_not_fit_the_runs_are_one_unit():
+    """The features of one would fill part of the other's run."""
+    arguments = {"pixel_values": torch.randn(12, 5), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 4, 2]])}
+    media = media_of(arguments, IDS, config())
+    assert [media.floor(column) for column in (3, 7, 8, 13)] == [3, 3, 3, 13]
 
 
 REFUSED = {

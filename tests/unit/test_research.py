@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.registry import ENTRY_POINTS, codec_named, factory_of
+from ghostcacher.codecs.registry import ENTRY_POINTS, codec_named, offered
 from ghostcacher.errors import ConfigurationError
 from ghostcacher.research import evaluate, sweep
 from ghostcacher.testing.models import random_prompt, tiny_model
@@ -99,10 +99,10 @@ def test_an_installed_codec_is_found_by_its_name(model, texts, monkeypatch, tmp_
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: zeros-codec\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nzeros = {__name__}:Zeros\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    factory_of.cache_clear()
+    offered.cache_clear()
     assert type(codec_named("zeros")).__name__ == "Zeros"
     assert evaluate(model, "zeros", texts[:1], **SIZES).bits < 0.01
-    factory_of.cache_clear()
+    offered.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [{"prefix_tokens": 100}, {"prefix_tokens": 192}])
