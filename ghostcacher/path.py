@@ -298,14 +298,14 @@ class Path:
         )
 
     def _currency(self, rows: Sequence[Row]) -> Callable[[], bool]:
-        """Answers whether the model still is what it was when this prompt began."""
+        """Answers whether the model still is what it was when this prompt began, as far as a sample shows."""
         adapter, module, longest = self.adapter, weakref.ref(self.module), _longest(rows)
-        config, mode, namespace = self.door.store.config, self.door.fingerprint, rows[0].chain.namespace
+        config, namespace = self.door.store.config, rows[0].chain.namespace
 
         def is_current() -> bool:
             found = module()
             try:
-                return found is None or adapter.identify(found, config, mode, longest).namespace == namespace
+                return found is None or adapter.identify(found, config, "sampled", longest).namespace == namespace
             except (UnservedError, ValueError):
                 return False
 

@@ -48,8 +48,8 @@ def test_plain_steps_are_stored(door, width, memory_store, generate):
     assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) >= 80 - 16
 
 
-@pytest.mark.parametrize("width", [1, 20])
-def test_weights_that_change_between_steps(width, memory_store, generate):
+@pytest.mark.parametrize(("width", "steps"), [(1, 40), (1, 5), (20, 2)])
+def test_weights_that_change_between_steps(width, steps, memory_store, generate):
     model = tiny_model("llama", seed=3)
     weight = model.model.layers[0].self_attn.k_proj.weight.data
     kept = weight.clone()
@@ -57,7 +57,7 @@ def test_weights_that_change_between_steps(width, memory_store, generate):
         cache = DynamicCache(config=model.config)
         step(model, PROMPT, cache, 0)
         weight.mul_(1.5)
-        for begin in range(0, 40, width):
+        for begin in range(0, steps * width, width):
             step(model, LATER[:, begin : begin + width], cache, 40 + begin)
         del cache
     weight.copy_(kept)
@@ -77,18 +77,19 @@ def test_custom_positions_after_the_prompt(width, shift, memory_store, generate)
     assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) == 40
 
 
-def test_embeddings_between_steps(memory_store, generate):
+@pytest.mark.parametrize("width", [1, 4])
+def test_embeddings_between_steps(width, memory_store, generate):
     model = tiny_model("llama", seed=3)
-    cold = DynamicCache(config=model.config)
-    expected = [step(model, PROMPT, cold, 0)]
-    embeds = model.get_input_embeddings()(LATER[:, :4]).detach()
-    expected.append(step(model, None, cold, inputs_embeds=embeds))
-    expected.append(step(model, LATER[:, 4:], cold))
-    with attach(model, memory_store):
+    embeds = model.get_input_embeddings()(LATER[:, :width]).detach()
+
+    def loop():
         cache = DynamicCache(config=model.config)
         found = [step(model, PROMPT, cache, 0), step(model, None, cache, inputs_embeds=embeds)]
-        found.append(step(model, LATER[:, 4:], cache))
-        del cache
+        return [*found, step(model, LATER[:, width:], cache)]
+
+    expected = loop()
+    with attach(model, memory_store):
+        found = loop()
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
     assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) == 40
@@ -102,7 +103,7 @@ def test_token_types_after_the_prompt(width, memory_store):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             reader = CallReader(model)
-            given = {reader.cache_name: cache, "use_cache": True, "return_dict": True}
+            given = {reader.cache_name: cache, "use_cache": True, "return_dict": True, "logits_to_keep": 1}
             model(PROMPT, token_type_ids=torch.zeros_like(PROMPT), **given)
             for begin in range(0, 40, width):
                 ids = LATER[:, begin : begin + width]
@@ -112,9 +113,10 @@ def test_token_types_after_the_prompt(width, memory_store):
     prompt = torch.cat([whole, random_prompt(5, seed=9)], 1)
     cache = GhostCache(model, memory_store)
     with torch.no_grad():
-        cold = model(prompt, use_cache=True, return_dict=True).logits[:, -1]
-        warm = model(prompt, **{reader.cache_name: cache}, use_cache=True, return_dict=True).logits[:, -1]
+        cold = model(prompt, use_cache=True, return_dict=True).logits[:, -1:]
+        warm = model(prompt, **{**given, reader.cache_name: cache}).logits
     torch.testing.assert_close(warm, cold, atol=1e-4, rtol=0)
+    assert cache.report.cached_tokens == 40
 
 
 def test_padding_without_positions_is_not_served(memory_store):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,3 +199,13 @@ def test_a_read_only_buffer_is_decoded_too():
 def test_a_block_of_another_shape_is_not_encoded():
     with pytest.raises(BlockError, match="geometry"):
         CodecChain(RawCodec()).encode(KVBlock(BLOCK.key, BLOCK.layout, BLOCK.tensors[:1]))
+
+
+def test_a_lossy_block_that_says_it_is_exact_is_refused():
+    stored = block(64)
+    blob = b"".join(CodecChain(Int8Codec()).encode(stored))
+    end = header_bytes(blob)
+    claims = replace(BlockHeader.parse(blob), lossy=False).render()
+    forged = bytearray(sealed(claims, [blob[end:]]) + blob[end:])
+    with pytest.raises(BlockError, match="geometry"):
+        decode_blob(forged, stored.key, stored.layout, exact_only=True)
