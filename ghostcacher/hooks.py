@@ -16,7 +16,8 @@ from torch import nn
 
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
-from ghostcacher.path import Door, OwnDoor, Path, settle
+from ghostcacher.doors import Door, OwnDoor
+from ghostcacher.path import Path, settle
 
 _installed: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _installing = threading.Lock()

@@ -6,62 +6,23 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from transformers import Cache
 
-from ghostcacher.adapters.base import FingerprintMode, ModelAdapter
+from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call, continues, goes_on, has_plain_positions, padding, why_not
 from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.media import media_of
 from ghostcacher.adapters.positions import last_positions
-from ghostcacher.adapters.state import CacheState
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
+from ghostcacher.doors import Door, OwnDoor
 from ghostcacher.events import CacheReport
 from ghostcacher.keys import Namespace, PrefixChain
+from ghostcacher.pieces import Pieces, pays
 from ghostcacher.serving import Served, fill
 from ghostcacher.session import Expected, Session
-from ghostcacher.tiers.stack import TierStack
-
-STEP_COST_TOKENS = 8
-"""What a forward of one token is taken to cost, in tokens of a long one: an estimate on the safe side, not measured."""
-
-SNAPSHOT_STEP_TOKENS = 16
-"""Lengths at which prompts part are rounded down to this, as remote stores are asked for its multiples only."""
-
-
-class Door(Protocol):
-    """A way in: one `GhostCache`, or everything inside an ``attach``."""
-
-    store: TierStack
-    fingerprint: FingerprintMode
-
-    @property
-    def boundaries(self) -> Sequence[int]:
-        """Lengths in tokens after which snapshots are wanted."""
-        ...
-
-    def session_of(self, cache: Cache, state: CacheState | None) -> Session | None:
-        """The session of ``cache``, made now if it is empty and ``state`` is given: it may be served."""
-        ...
-
-    def publish(self, report: CacheReport, replaces: CacheReport | None) -> None:
-        """Take the report of one prompt, in place of an earlier one of the same prompt."""
-        ...
-
-
-class OwnDoor(Door, Protocol):
-    """A cache that is its own door, and counts what was asked of it between forwards."""
-
-    was_asked: bool
-    in_forward: int
-
-    def empty(self) -> None:
-        """Drop all state, keeping the layers' kinds."""
-        ...
 
 
 class Path:
@@ -182,7 +143,7 @@ class Path:
 
     def _keep(self, session: Session, rows: Sequence[Row], past: int) -> int:
         """Cut what the cache holds back to what ``rows`` begin with; how many columns are left."""
-        if past and session.rows is not None and session.state.is_at(session.columns):
+        if past and session.rows is not None and session.is_current() and session.state.is_at(session.columns):
             session.capture(is_last=True)
         have = self._floor(min(session.shared_columns(rows), past, self._limit(0)))
         return session.state.cut_to(have, held=past)
@@ -234,53 +195,9 @@ class Path:
         return reached - past
 
     def _run_pieces(self, session: Session, rows: Sequence[Row], reached: int, *, base: int) -> int:
-        """Run the prompt up to where snapshots are wanted, and take them; how far the cache then is.
-
-        Convolutional states can be told afterwards: for them no piece is run, what is wanted is noted.
-        """
-        if not session.state.has_states:
-            return reached
-        stops = self._stops(session, rows, reached, base + self.call.width)
-        if not session.state.needs_pieces:
-            session.wanted_columns = stops
-            return reached
-        for column in stops:
-            self._run_piece(session, reached - base, column - base)
-            session.take_snapshot(column)
-            reached = column
-        if self.adapter.goes_one_at_a_time and reached:
-            last = base + self.call.width - 1
-            for column in range(reached, last):
-                self._run_piece(session, column - base, column + 1 - base)
-            return last
-        return reached
-
-    def _stops(self, session: Session, rows: Sequence[Row], reached: int, width: int) -> list[int]:
-        row = rows[0]
-        block_tokens = session.store.config.block_tokens
-        known = min(session.store.known_tokens(each.chain) for each in rows)
-        lengths = {known // SNAPSHOT_STEP_TOKENS * SNAPSHOT_STEP_TOKENS, *self.door.boundaries}
-        lengths.add((len(row.chain) - 1) // block_tokens * block_tokens)
-        limit = self._limit(width - self.call.width)
-        columns = {self._floor(row.pads + n) for n in lengths if 0 < n <= limit - row.pads}
-        stops = sorted(column for column in columns if reached < column <= limit)
-        if self.adapter.goes_one_at_a_time:
-            # Only a forward from the first token may be long; what follows it must be short enough to pay.
-            return [] if reached else [stop for stop in stops if self._pays(stop, width)][-1:]
-        least = self.adapter.tokens_left
-        return [stop for before, stop in pairwise([reached, *stops]) if stop - before >= least]
-
-    def _pays(self, reached: int, width: int) -> bool:
-        """Whether ``width`` - ``reached`` single steps cost less than computing everything at once."""
-        return (width - reached) * STEP_COST_TOKENS <= width
-
-    def _run_piece(self, session: Session, first: int, last: int) -> None:
-        session.is_running_pieces = True
-        try:
-            with torch.no_grad():
-                self.module(**{**self.call.piece(first, last), **self.adapter.reader.last_logits})
-        finally:
-            session.is_running_pieces = False
+        limit, boundaries = self._limit(base), self.door.boundaries
+        pieces = Pieces(self.adapter, self.module, self.call, boundaries, limit, self._floor)
+        return pieces.run(session, rows, reached, base=base)
 
     def _limit(self, base: int) -> int:
         """Columns that may come from elsewhere: enough must be left for the logits that are wanted."""
@@ -328,7 +245,7 @@ class Path:
             return Served(have, have)
         limit = self._limit(base)
         served = fill(session.store, shape, session.state, rows, have=have, limit=limit, width=width, floor=self._floor)
-        if base == 0 and self.adapter.goes_one_at_a_time and not self._pays(served.columns, width):
+        if base == 0 and self.adapter.goes_one_at_a_time and not pays(served.columns, width):
             session.state.empty()
             return Served(0, 0)
         return served
