@@ -146,6 +146,7 @@ class GhostCache(DynamicCache):
             fresh.know(session.read())
             fresh.stored_columns, fresh.lossy_from = session.stored_columns, session.lossy_from
             fresh.storable_columns, fresh.known_columns = session.storable_columns, session.known_columns
+            fresh.is_current, fresh.last_positions = session.is_current, session.last_positions
             twin._session = _begun(twin, fresh)
         return twin
 
