@@ -30,7 +30,7 @@ class GhostCache(DynamicCache):
 
     One sequence's (or batch's) cache, as every transformers cache is. Used twice it is right, whatever the second
     prompt: between forwards ``get_seq_length()`` answers 0, so that ``generate`` hands over the whole prompt, and
-    what the cache still holds of it is kept. Making the first one for a model runs one token through it.
+    what the cache still holds of it is kept. Making the first one for a model runs a few tokens through it.
     """
 
     def __init__(

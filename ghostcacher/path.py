@@ -161,7 +161,7 @@ class Path:
             return 0
         pads = padding(self.call, past)
         is_known = pads is not None and past == session.columns and session.known_columns is None
-        is_known = is_known and session.is_current() and bool(session.read())
+        is_known = is_known and session.is_current() and len(session.read()) == self.call.rows
         if not is_known or self._why_not() or not has_plain_positions(self.call, pads or (), past):
             session.forget()
             return 0
@@ -223,7 +223,7 @@ class Path:
             found = module()
             try:
                 return found is None or adapter.identify(found, config, "sampled", longest).namespace == namespace
-            except (UnservedError, ValueError):
+            except Exception:  # noqa: BLE001 (whatever keeps it from being told, what is not told is not stored)
                 return False
 
         return is_current

@@ -76,7 +76,7 @@ class ModelAdapter:
         module.register_load_state_dict_post_hook(_Expiring(self._weights))
 
     def prepare(self, module: Any) -> None:
-        """Once: run one token to learn the layout, certify a type outside the proven table, digest the weights.
+        """Once: run a few tokens to learn the layout, certify a type outside the proven table, digest the weights.
 
         Sets `refusal` if anything fails; never raises.
         """

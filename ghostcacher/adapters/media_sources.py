@@ -127,7 +127,7 @@ def _per_image(given: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> lis
     if "image_grid_thw" in given:
         sizes = given["image_grid_thw"].prod(dim=-1).tolist()
         pixels = given[PIXELS]
-        if len(given) != 2 or len(sizes) != images or sum(sizes) != len(pixels):  # noqa: PLR2004 (pixels and grid)
+        if set(given) != {PIXELS, "image_grid_thw"} or len(sizes) != images or sum(sizes) != len(pixels):
             return None
         if any(size * lengths[0] != sizes[0] * length for size, length in zip(sizes, lengths, strict=True)):
             return None

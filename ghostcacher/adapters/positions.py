@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 _TEXT_AND_ROPE = 4
+_ROWS_TOKENS = 2
+_PLANES_ROWS_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Span:
 
 def planes_of(positions: torch.Tensor) -> torch.Tensor:
     """``position_ids`` as ``[planes, rows, tokens]``: one plane, or several where rope counts time, height, width."""
-    return positions[None] if positions.dim() == 2 else positions  # noqa: PLR2004 (rows and tokens)
+    return positions[None] if positions.dim() == _ROWS_TOKENS else positions
 
 
 def last_positions(positions: object) -> torch.Tensor | None:
@@ -30,9 +32,16 @@ def last_positions(positions: object) -> torch.Tensor | None:
 
 
 def follow(positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Whether ``position_ids`` count on by ones from ``last`` `last_positions`; a scalar on their device."""
+    """Whether ``position_ids`` count on by ones from ``last`` `last_positions`; a scalar on their device.
+
+    One plane, or one row, may stand for several; positions of any other shape do not follow.
+    """
     planes = planes_of(positions)
-    return (torch.cat([last.to(planes.device), planes], dim=-1).diff(dim=-1) == 1).all()
+    sizes = zip(planes.shape[:-1], last.shape[:-1], strict=False)
+    if planes.dim() != last.dim() or any(1 not in pair and pair[0] != pair[1] for pair in sizes):
+        return torch.zeros((), dtype=torch.bool, device=planes.device)
+    first = planes[..., :1] - last.to(planes.device)
+    return (first == 1).all() & (planes.diff(dim=-1) == 1).all()
 
 
 def are_plain(positions: object, pads: Sequence[int], past: int, width: int, spans: Sequence[Span] = ()) -> bool:
@@ -46,7 +55,7 @@ def are_plain(positions: object, pads: Sequence[int], past: int, width: int, spa
     if not isinstance(positions, torch.Tensor):
         return False
     planes = planes_of(positions)
-    if planes.dim() != 3 or planes.shape[-1] != width:  # noqa: PLR2004 (planes, rows, tokens)
+    if planes.dim() != _PLANES_ROWS_TOKENS or planes.shape[-1] != width:
         return False
     columns = torch.arange(past, past + width, device=planes.device)[None]
     expected = columns - torch.tensor(tuple(pads), device=planes.device)[:, None]

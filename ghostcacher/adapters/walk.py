@@ -52,12 +52,12 @@ def walk(module: Any, is_ignored: Callable[[str], bool] | None = None) -> Walk:
         tensors.extend(_at_hand(part))
         buffers = part._buffers  # noqa: SLF001 (one pass instead of three)
         tensors.extend(b for name, b in buffers.items() if b is not None and not (is_ignored and is_ignored(name)))
-        parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001
+        parts.extend(inner for inner in part._modules.values() if inner is not None)  # noqa: SLF001 (one pass instead of three)
         if is_of_peft(part):
             adapters.append(_adapter_state(part))
             unknown = unknown or ("" if adapters[-1] is not None else type(part).__name__)
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):  # noqa: SLF001 (no public name)
-            hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # noqa: SLF001
+            hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]  # noqa: SLF001 (no public name)
             offsets.update(given := _offsets(hooks))
             is_hooked = is_hooked or sum(map(_is_foreign, hooks)) > len(given)
     is_hooked = is_hooked or len(offsets) > 1

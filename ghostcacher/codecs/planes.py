@@ -1,6 +1,6 @@
 """``raw.z``: exact, about 10.7 bits a bf16 value: exponents in a plane of their own, Huffman coded.
 
-Of a bf16 value only the exponent is compressible (2.8 bits of entropy in 8); sign and mantissa are noise. They are kept
+Of a bf16 value only the exponent is compressible; sign and mantissa are noise. They are kept
 as they are, a byte each; the exponents of a layer are one zstd frame (see `entropy`). Of fp32 there are three bytes of
 noise to one exponent. Other dtypes are stored as they are.
 """

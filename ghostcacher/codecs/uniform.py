@@ -3,7 +3,7 @@
 Values are rounded to half precision first. Both ends of a group are then half-precision numbers that occur in it, are
 stored as they are, and take the first and the last code exactly. A bf16 or fp16 model's values need no rounding. Those
 of fp32 are rounded to fp16 after a shift by a power of two that fills its range: bf16 is coarser than 8-bit codes of
-keys that lie far from zero (KL 3.7e-5 instead of 2.3e-5 at the same size).
+keys that lie far from zero.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Replay:
             ConfigurationError: the text is too short, or the prefix is not made of whole blocks.
             UnsupportedModelError: the model's cache cannot be taken apart.
         """
-        if text.dim() != 2 or text.shape[0] != 1 or text.shape[1] <= prefix_tokens:  # noqa: PLR2004 (rows and tokens)
+        if tuple(text.shape[:-1]) != (1,) or text.shape[-1] <= prefix_tokens:
             raise ConfigurationError(f"a text of shape {list(text.shape)}; [1, more than {prefix_tokens}] is needed")
         if prefix_tokens % block_tokens:
             raise ConfigurationError(f"prefix_tokens={prefix_tokens} is no multiple of block_tokens={block_tokens}")

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from ghostcacher import GhostCache, attach
 from ghostcacher.adapters.calls import CallReader
+from ghostcacher.adapters.positions import follow
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 PROMPT = random_prompt(40, seed=1)
@@ -25,7 +26,7 @@ def step(model, ids, cache, begin=None, **given):
         ).logits
 
 
-def assert_clean(store, whole, model, generate):
+def assert_clean(store, whole, model):
     """A new prompt with these tokens must be answered as cold, whatever was stored of the loop."""
     store.flush()
     prompt = torch.cat([whole, random_prompt(5, seed=9)], 1)
@@ -37,7 +38,7 @@ def assert_clean(store, whole, model, generate):
 
 @pytest.mark.parametrize("door", ["own", "attach"])
 @pytest.mark.parametrize("width", [1, 20])
-def test_plain_steps_are_stored(door, width, memory_store, generate):
+def test_plain_steps_are_stored(door, width, memory_store):
     model = tiny_model("llama", seed=3)
     with attach(model, memory_store):
         cache = GhostCache(model, memory_store) if door == "own" else DynamicCache(config=model.config)
@@ -45,11 +46,11 @@ def test_plain_steps_are_stored(door, width, memory_store, generate):
         for begin in range(0, 40, width):
             step(model, LATER[:, begin : begin + width], cache, 40 + begin)
         del cache
-    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) >= 80 - 16
+    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model) >= 80 - 16
 
 
 @pytest.mark.parametrize(("width", "steps"), [(1, 40), (1, 5), (20, 2)])
-def test_weights_that_change_between_steps(width, steps, memory_store, generate):
+def test_weights_that_change_between_steps(width, steps, memory_store):
     model = tiny_model("llama", seed=3)
     weight = model.model.layers[0].self_attn.k_proj.weight.data
     kept = weight.clone()
@@ -61,12 +62,12 @@ def test_weights_that_change_between_steps(width, steps, memory_store, generate)
             step(model, LATER[:, begin : begin + width], cache, 40 + begin)
         del cache
     weight.copy_(kept)
-    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) == 40
+    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model) == 40
 
 
 @pytest.mark.parametrize("width", [1, 20])
 @pytest.mark.parametrize("shift", [1, 100])
-def test_custom_positions_after_the_prompt(width, shift, memory_store, generate):
+def test_custom_positions_after_the_prompt(width, shift, memory_store):
     model = tiny_model("llama", seed=3)
     with attach(model, memory_store):
         cache = DynamicCache(config=model.config)
@@ -74,11 +75,11 @@ def test_custom_positions_after_the_prompt(width, shift, memory_store, generate)
         for begin in range(0, 40, width):
             step(model, LATER[:, begin : begin + width], cache, 40 + begin + shift)
         del cache
-    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) == 40
+    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model) == 40
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_embeddings_between_steps(width, memory_store, generate):
+def test_embeddings_between_steps(width, memory_store):
     model = tiny_model("llama", seed=3)
     embeds = model.get_input_embeddings()(LATER[:, :width]).detach()
 
@@ -92,7 +93,7 @@ def test_embeddings_between_steps(width, memory_store, generate):
         found = loop()
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
-    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model, generate) == 40
+    assert assert_clean(memory_store, torch.cat([PROMPT, LATER], 1), model) == 40
 
 
 @pytest.mark.parametrize("width", [1, 20])
@@ -130,3 +131,23 @@ def test_padding_without_positions_is_not_served(memory_store):
     cache = GhostCache(model, memory_store)
     torch.testing.assert_close(step(model, ids, cache, attention_mask=mask), cold, atol=1e-4, rtol=0)
     assert cache.report.reason == "bypass: padding without position_ids"
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1, 1), (4, 2, 1)])
+def test_positions_of_another_shape_than_the_prompts(shape, memory_store):
+    """Whatever the model makes of them, asking whether they follow must not fail, and only what follows is stored."""
+    last = torch.tensor([[[39], [39]]])
+    assert bool(follow(torch.full(shape, 40), last)) == (shape != (1,))
+    assert not follow(torch.full(shape, 41), last)
+    four = last[:, :1].expand(4, 1, 1).clone()
+    four[1:] = 30
+    assert not follow(torch.full((1, 1), 40), four)
+    assert not follow(torch.full((3, 1, 1), 40), four)
+    model = tiny_model("llama", seed=3)
+    with attach(model, memory_store):
+        cache = DynamicCache(config=model.config)
+        step(model, PROMPT.repeat(2, 1), cache)
+        for number in range(20):
+            step(model, LATER[:, number : number + 1].repeat(2, 1), cache, 40 + number)
+        del cache
+    assert assert_clean(memory_store, PROMPT, model) == 40
