@@ -17,7 +17,7 @@ import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import Piece
-from ghostcacher.codecs.grouping import check_finite, coded_tokens, rest_fields
+from ghostcacher.codecs.grouping import check_finite, coded_tokens, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.errors import MissingExtraError
 
@@ -76,9 +76,7 @@ class _Bnb:
         check_finite(group, values)
         codes, absmax = self._quantized(values)
         parts = {f"{name}.absmax": absmax, f"{name}.codes": codes.view(-1)}
-        if coded < piece.tokens:
-            parts[f"{name}.rest"] = tensor[..., coded:, :]
-        return parts
+        return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What bitsandbytes makes of codes and ``absmax``; the rest as it was."""
@@ -88,9 +86,7 @@ class _Bnb:
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         values = self._restored(parts[f"{name}.codes"], parts[f"{name}.absmax"], prod(group.shape(coded)))
         decoded[..., :coded, :] = values.view(group.shape(coded))
-        if coded < piece.tokens:
-            decoded[..., coded:, :] = parts[f"{name}.rest"]
-        return decoded
+        return put_kept(group, decoded, piece, coded, parts)
 
     def _quantized(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes, state = _bitsandbytes().quantize_4bit(values, blocksize=BLOCK_VALUES, quant_type=self.name[-3:])

@@ -20,7 +20,16 @@ import torch
 from ghostcacher.blocks import KVLayout, Rotation, TensorGroup, Turn
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.entropy import compress, decompress, require
-from ghostcacher.codecs.grouping import check_finite, coded_tokens, rest_fields, sink_dtype, sink_fields, sink_tokens
+from ghostcacher.codecs.grouping import (
+    check_finite,
+    coded_tokens,
+    kept,
+    put_kept,
+    rest_fields,
+    sink_dtype,
+    sink_fields,
+    sink_tokens,
+)
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.errors import BlockError, ConfigurationError
 
@@ -131,9 +140,7 @@ class EntropyCodec:
             parts[f"{name}.classes"] = classes.view(mean.squeeze(-1).shape)
         if sinks:
             parts[f"{name}.sinks"] = first
-        if coded < piece.tokens:
-            parts[f"{name}.rest"] = tensor[..., coded:, :]
-        return parts
+        return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Code x step + mean in fp32, turned as the model had it, then the layout's dtype.
@@ -163,12 +170,7 @@ class EntropyCodec:
             by_token = codes[layer].view(heads, channels, coded).transpose(1, 2).contiguous()
             values = escapes.put(layer, by_token.float()).mul_(steps[layer]).add_(mean[layer])
             decoded[layer, :, :coded] = turn.forward(values) if turn else values
-        sinks = sink_tokens(piece, coded)
-        if sinks:
-            decoded[:, :, :sinks] = parts[f"{name}.sinks"]
-        if coded < piece.tokens:
-            decoded[:, :, coded:] = parts[f"{name}.rest"]
-        return decoded
+        return put_kept(group, decoded, piece, coded, parts)
 
     @property
     def _limit(self) -> int:

@@ -9,6 +9,7 @@ kept in bf16 by every codec below 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -21,6 +22,7 @@ from ghostcacher.errors import BlockError
 GROUP_TOKENS = 64
 GROUP_CHANNELS = 64
 SINK_TOKENS = 4
+Parts = Mapping[str, torch.Tensor]
 _FLOATS = frozenset({"float32", "float16", "bfloat16"})
 _PER_HEAD_RANK = 3
 
@@ -47,6 +49,21 @@ def rest_fields(group: TensorGroup, piece: Piece, coded: int) -> tuple[TensorFie
         return ()
     dtype = SAFETENSORS_DTYPES[group.spec.dtype]
     return (TensorField(f"{group.name}.rest", dtype, group.shape(piece.tokens - coded if coded else piece.tokens)),)
+
+
+def kept(group: TensorGroup, tensor: torch.Tensor, piece: Piece, coded: int) -> dict[str, torch.Tensor]:
+    """What `rest_fields` stands for: the tokens that are not coded, if there are any."""
+    return {f"{group.name}.rest": tensor[..., coded:, :]} if coded < piece.tokens else {}
+
+
+def put_kept(group: TensorGroup, decoded: torch.Tensor, piece: Piece, coded: int, parts: Parts) -> torch.Tensor:
+    """Put what was kept as it was, sinks and rest, into ``decoded`` ``[layers, heads, tokens, channels]``."""
+    sinks = parts.get(f"{group.name}.sinks")
+    if sinks is not None:
+        decoded[..., : sinks.shape[-2], :] = sinks
+    if coded < piece.tokens:
+        decoded[..., coded:, :] = parts[f"{group.name}.rest"]
+    return decoded
 
 
 def sink_dtype(group: TensorGroup) -> torch.dtype:

@@ -18,6 +18,8 @@ from ghostcacher.codecs.grouping import (
     check_finite,
     coded_tokens,
     group_axis,
+    kept,
+    put_kept,
     rest_fields,
     sink_dtype,
     sink_fields,
@@ -79,26 +81,20 @@ class Int4Codec:
         if sinks:
             parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(sink_dtype(group))
             check_finite(group, parts[f"{group.name}.sinks"])
-        if coded < piece.tokens:
-            parts[f"{group.name}.rest"] = tensor[..., coded:, :]
-        return parts
+        return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Code x step + minimum in fp32, then the layout's dtype; sinks and rest as they were."""
         coded = _coded(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
-        axis, sinks = group_axis(group), sink_tokens(piece, coded)
+        axis = group_axis(group)
         decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
         decoder, packed = Decoder(group, parts, STEPS), parts[f"{group.name}.codes"].view(_unflattened(group, coded))
         for layer, into in enumerate(decoded[..., :coded, :]):
             codes = torch.cat([packed[layer] % _HIGH, packed[layer] // _HIGH], dim=axis)
             into.copy_(decoder.values(layer, codes).view(into.shape))
-        if sinks:
-            decoded[..., :sinks, :] = parts[f"{group.name}.sinks"]
-        if coded < piece.tokens:
-            decoded[..., coded:, :] = parts[f"{group.name}.rest"]
-        return decoded
+        return put_kept(group, decoded, piece, coded, parts)
 
 
 def _coded(group: TensorGroup, piece: Piece) -> int:

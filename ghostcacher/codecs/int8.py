@@ -10,7 +10,7 @@ import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import Piece
-from ghostcacher.codecs.grouping import coded_tokens, grouped, rest_fields
+from ghostcacher.codecs.grouping import coded_tokens, grouped, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import Decoder, end_fields, to_codes
 
@@ -51,9 +51,7 @@ class Int8Codec:
             return {f"{group.name}.rest": tensor}
         codes, parts = to_codes(group, tensor[..., :coded, :], STEPS)
         parts[f"{group.name}.codes"] = codes.view(group.shape(coded))
-        if coded < piece.tokens:
-            parts[f"{group.name}.rest"] = tensor[..., coded:, :]
-        return parts
+        return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Code x step + minimum in fp32, then the layout's dtype; the rest as it was."""
@@ -64,6 +62,4 @@ class Int8Codec:
         decoder, codes = Decoder(group, parts, STEPS), grouped(group, parts[f"{group.name}.codes"])
         for layer, into in enumerate(decoded[..., :coded, :]):
             into.copy_(decoder.values(layer, codes[layer]).view(into.shape))
-        if coded < piece.tokens:
-            decoded[..., coded:, :] = parts[f"{group.name}.rest"]
-        return decoded
+        return put_kept(group, decoded, piece, coded, parts)
