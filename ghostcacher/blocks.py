@@ -108,22 +108,28 @@ class Turn:
     sine: torch.Tensor
     interleaved: bool
 
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """Turn fp32 ``keys`` ``[…, tokens, channels]``, in place."""
-        return self._by(self.sine, keys)
+    def forward(self, keys: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Turned fp32 ``keys`` ``[…, tokens, channels]``, written to other memory ``into`` of any dtype if given."""
+        return self._by(self.sine, keys, into)
 
     def back(self, keys: torch.Tensor) -> torch.Tensor:
-        """The inverse of `forward`, in place."""
-        return self._by(-self.sine, keys)
+        """The inverse of `forward`."""
+        return self._by(-self.sine, keys, None)
 
-    def _by(self, sine: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        pairs = self.cosine.shape[1]
-        part = keys[..., : 2 * pairs]
-        first, second = (part[..., ::2], part[..., 1::2]) if self.interleaved else torch.split(part, pairs, dim=-1)
-        turned = (first * self.cosine).addcmul_(second, sine, value=-1)
-        second.mul_(self.cosine).addcmul_(first, sine)
-        first.copy_(turned)
-        return keys
+    def _by(self, sine: torch.Tensor, keys: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+        turned, pairs = torch.empty_like(keys) if into is None else into, self.cosine.shape[1]
+        turned[..., 2 * pairs :] = keys[..., 2 * pairs :]
+        first, second = self._halves(keys[..., : 2 * pairs])
+        to_first, to_second = self._halves(turned[..., : 2 * pairs])
+        to_first.copy_((first * self.cosine).addcmul_(second, sine, value=-1))
+        to_second.copy_((second * self.cosine).addcmul_(first, sine))
+        return turned
+
+    def _halves(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.interleaved:
+            return part[..., ::2], part[..., 1::2]
+        first, second = torch.split(part, self.cosine.shape[1], dim=-1)
+        return first, second
 
 
 @dataclass(frozen=True, slots=True)

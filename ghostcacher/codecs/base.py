@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,6 +16,14 @@ SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8",
 }  # fmt: skip
+
+Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""Gives memory to decode into, of a shape and dtype, on the CPU; what it holds does not matter."""
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The plain `Room`: new memory each time."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,10 @@ class TensorCodec(Protocol):
         """
         ...
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[layers, *spec.shape]`` in the layout's dtype; may share memory with ``parts``.
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
+        """``[layers, *spec.shape]`` in the layout's dtype, in memory from ``room`` or shared with ``parts``.
 
         Raises:
             BlockError: ``frame``: a part is not what this codec writes.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import TOKENS, KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
 from ghostcacher.codecs.grouping import check_finite
 from ghostcacher.codecs.header import TensorField
 
@@ -46,9 +46,12 @@ class Bf16Codec:
         check_finite(group, rounded)
         return {group.name: rounded}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """The tensor in the layout's dtype."""
-        return parts[group.name].view(group.shape(piece.tokens)).to(group.spec.torch_dtype)
+        stored, shape = parts[group.name], group.shape(piece.tokens)
+        return room(shape, group.spec.torch_dtype).copy_(stored) if _is_coded(group) else stored.view(shape)
 
 
 def _is_coded(group: TensorGroup) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.grouping import check_finite, coded_tokens, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.errors import MissingExtraError
@@ -78,12 +78,14 @@ class _Bnb:
         parts = {f"{name}.absmax": absmax, f"{name}.codes": codes.view(-1)}
         return {**parts, **kept(group, tensor, piece, coded)}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """What bitsandbytes makes of codes and ``absmax``; the rest as it was."""
         coded, name = coded_tokens(group, piece), group.name
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
+        decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         values = self._restored(parts[f"{name}.codes"], parts[f"{name}.absmax"], prod(group.shape(coded)))
         decoded[..., :coded, :] = values.view(group.shape(coded))
         return put_kept(group, decoded, piece, coded, parts)

@@ -9,12 +9,12 @@ kept in bf16 by every codec below 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
 
-from ghostcacher.blocks import TOKENS, TensorGroup
+from ghostcacher.blocks import TOKENS, Rotation, TensorGroup, Turn
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.errors import BlockError
@@ -66,6 +66,34 @@ def put_kept(group: TensorGroup, decoded: torch.Tensor, piece: Piece, coded: int
     return decoded
 
 
+def turn_of(group: TensorGroup, rotation: Rotation | None, start: int, tokens: int) -> Turn | None:
+    """How keys from position ``start`` on are turned, if they are."""
+    if rotation is None or group.spec.name != "keys" or 2 * len(rotation.frequencies) > group.shape(tokens)[-1]:
+        return None
+    return rotation.at(start, tokens)
+
+
+def by_channel(
+    group: TensorGroup, tensor: torch.Tensor, piece: Piece, coded: int, rotation: Rotation | None
+) -> torch.Tensor:
+    """The coded tokens of ``tensor``, turned back, ``[layers, tokens, heads * channels]`` in fp32; a copy."""
+    values = tensor[..., :coded, :].float()
+    if turn := turn_of(group, rotation, piece.start, coded):
+        values = turn.back(values)
+    return values.transpose(1, 2).flatten(2).clone()
+
+
+def put_values(decoded: torch.Tensor, run: slice, values: torch.Tensor, turn: Turn | None) -> None:
+    """The inverse of `by_channel` for the layers of ``run``, into ``decoded`` ``[layers, heads, tokens, channels]``."""
+    heads, channels = decoded.shape[1], decoded.shape[3]
+    by_head = values.view(len(values), -1, heads, channels).transpose(1, 2)
+    into = decoded[run, :, : values.shape[1]]
+    if turn:
+        turn.forward(by_head, into)
+    else:
+        into.copy_(by_head)
+
+
 def sink_dtype(group: TensorGroup) -> torch.dtype:
     """What the first tokens of a prefix are kept in: a model's own half precision, bf16 of fp32."""
     return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16
@@ -92,11 +120,16 @@ def grid(group: TensorGroup, coded: int) -> tuple[int, ...]:
 
 def grouped(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:
     """``[layers, heads, tokens, channels]`` with each group along one axis of its own: `group_axis`."""
-    layers, heads, tokens, channels = tensor.shape
+    return tensor.reshape(grouped_shape(group, tensor.shape))
+
+
+def grouped_shape(group: TensorGroup, shape: Sequence[int]) -> tuple[int, ...]:
+    """What `grouped` makes of ``shape``."""
+    layers, heads, tokens, channels = shape
     if group.spec.name == "keys":
-        return tensor.reshape(layers, heads, tokens // GROUP_TOKENS, GROUP_TOKENS, channels)
+        return layers, heads, tokens // GROUP_TOKENS, GROUP_TOKENS, channels
     size = value_group(channels)
-    return tensor.reshape(layers, heads, tokens, channels // size, size)
+    return layers, heads, tokens, channels // size, size
 
 
 def group_axis(group: TensorGroup) -> int:

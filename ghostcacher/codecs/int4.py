@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.grouping import (
     check_finite,
     coded_tokens,
@@ -27,10 +27,11 @@ from ghostcacher.codecs.grouping import (
     value_group,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.uniform import Decoder, end_fields, to_codes
+from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
 
 STEPS = 15
-_HIGH = 16
+_BITS = 4
+_LOW = 2**_BITS - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +78,28 @@ class Int4Codec:
             values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.name == "keys" else 0.0
         codes, parts = to_codes(group, values, STEPS)
         low, high = codes.chunk(2, dim=group_axis(group))
-        parts[f"{group.name}.codes"] = (low + high * _HIGH).reshape(_packed_shape(group, coded))
+        parts[f"{group.name}.codes"] = (low | high << _BITS).reshape(_packed_shape(group, coded))
         if sinks:
             parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(sink_dtype(group))
             check_finite(group, parts[f"{group.name}.sinks"])
         return {**parts, **kept(group, tensor, piece, coded)}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """Code x step + minimum in fp32, then the layout's dtype; sinks and rest as they were."""
         coded = _coded(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
-        axis = group_axis(group)
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
-        decoder, packed = Decoder(group, parts, STEPS), parts[f"{group.name}.codes"].view(_unflattened(group, coded))
-        for layer, into in enumerate(decoded[..., :coded, :]):
-            codes = torch.cat([packed[layer] % _HIGH, packed[layer] // _HIGH], dim=axis)
-            into.copy_(decoder.values(layer, codes).view(into.shape))
+        decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
+        packed, axis = parts[f"{group.name}.codes"].view(_unflattened(group, coded)), group_axis(group)
+
+        def unpack(run: slice, values: torch.Tensor) -> None:
+            low, high = values.chunk(2, dim=axis)
+            low.copy_(packed[run] & _LOW)
+            high.copy_(packed[run] >> _BITS)
+
+        from_codes(group, parts, STEPS, decoded[..., :coded, :], unpack)
         return put_kept(group, decoded, piece, coded, parts)
 
 

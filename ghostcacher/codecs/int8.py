@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.grouping import coded_tokens, grouped, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.uniform import Decoder, end_fields, to_codes
+from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
 
 STEPS = 255
 
@@ -53,13 +53,18 @@ class Int8Codec:
         parts[f"{group.name}.codes"] = codes.view(group.shape(coded))
         return {**parts, **kept(group, tensor, piece, coded)}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """Code x step + minimum in fp32, then the layout's dtype; the rest as it was."""
         coded = coded_tokens(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
-        decoded = torch.empty(group.shape(piece.tokens), dtype=group.spec.torch_dtype, device="cpu")
-        decoder, codes = Decoder(group, parts, STEPS), grouped(group, parts[f"{group.name}.codes"])
-        for layer, into in enumerate(decoded[..., :coded, :]):
-            into.copy_(decoder.values(layer, codes[layer]).view(into.shape))
+        decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
+        codes = grouped(group, parts[f"{group.name}.codes"])
+        from_codes(group, parts, STEPS, decoded[..., :coded, :], lambda run, values: _copy(codes[run], values))
         return put_kept(group, decoded, piece, coded, parts)
+
+
+def _copy(codes: torch.Tensor, values: torch.Tensor) -> None:
+    values.copy_(codes)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
 from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.errors import BlockError
@@ -73,7 +73,9 @@ class PlaneCodec:
             f"{group.name}.noise": planes[..., :-1].reshape(len(planes), -1),
         }
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """The tensor, bit for bit.
 
         Raises:
@@ -85,13 +87,15 @@ class PlaneCodec:
         sizes, count, item_bytes = parts[f"{name}.sizes"].tolist(), prod(shape[1:]), _item_bytes(group)
         if min(sizes, default=0) < 0 or sum(sizes) != len(parts[f"{name}.frames"]):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
-        planes = torch.empty((shape[0], count, item_bytes), dtype=torch.uint8, device="cpu")
+        decoded = room(shape, group.spec.torch_dtype)
+        integers = decoded.view(-1).view(_INTEGERS[group.spec.dtype]).view(shape[0], count)
+        planes = integers.view(torch.uint8).view(shape[0], count, item_bytes)
         planes[..., :-1] = parts[f"{name}.noise"].view(shape[0], count, item_bytes - 1)
         for layer, frame in enumerate(torch.split(parts[f"{name}.frames"], sizes)):
             exponents = bytearray(decompress(frame.numpy().data, count))
             planes[layer, :, -1] = torch.frombuffer(exponents, dtype=torch.uint8)
-        integers = planes.view(-1).view(_INTEGERS[group.spec.dtype])
-        return _rotated(integers, -1).view(group.spec.torch_dtype).view(shape)
+            integers[layer] = _rotated(integers[layer], -1)
+        return decoded
 
 
 def _is_coded(group: TensorGroup, piece: Piece) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
 from ghostcacher.codecs.header import TensorField
 
 
@@ -36,6 +36,8 @@ class RawCodec:
         """The tensor itself."""
         return {group.name: tensor}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
+    ) -> torch.Tensor:
         """The tensor itself; shares memory with ``parts``."""
         return parts[group.name].view(group.shape(piece.tokens))

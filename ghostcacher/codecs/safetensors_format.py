@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, TensorCodec, fresh
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
     VARIABLE,
@@ -59,9 +59,12 @@ class CodecChain:
 
 
 def decode_blob(
-    blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False, find: Finder | None = None
-) -> KVBlock:
-    """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it. The block may share memory with ``blob``.
+    blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False, find: Finder | None = None,
+    room: Room = fresh,
+) -> KVBlock:  # fmt: skip
+    """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it.
+
+    The block's tensors lie in memory from ``room``, or share that of ``blob``.
 
     Any codec that ``find`` knows (all of this version) is read, whatever the store writes now.
 
@@ -74,7 +77,7 @@ def decode_blob(
     if exact_only and claimed.lossy:
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
-        return _verified(blob, claimed, key, layout, find)
+        return _verified(blob, claimed, key, layout, find, room)
     except BlockError:
         raise
     except (ConfigurationError, MissingExtraError) as error:
@@ -83,7 +86,9 @@ def decode_blob(
         raise BlockError("frame", f"not what its codec writes ({type(error).__name__}: {error})") from error
 
 
-def _verified(blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayout, find: Finder | None) -> KVBlock:
+def _verified(
+    blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayout, find: Finder | None, room: Room
+) -> KVBlock:
     codec = codec_from(claimed.codec, find)
     if codec.lossy and not claimed.lossy:
         raise BlockError("geometry", "a lossy codec in a block that says it is exact")
@@ -94,7 +99,7 @@ def _verified(blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayou
     if expected.render() != blanked(memoryview(blob)[:end]) or len(blob) != end + expected.data_bytes:
         raise BlockError("geometry", "the header is not the one that this layout and codec give")
     check_digest(blob)
-    return _assembled(blob, end, codec, key, layout, claimed, fields)
+    return _assembled(blob, end, codec, key, layout, claimed, fields, room)
 
 
 def blob_fields(
@@ -114,7 +119,7 @@ def blob_fields(
 
 def _assembled(
     blob: Buffer, offset: int, codec: TensorCodec, key: BlockKey, layout: KVLayout, header: BlockHeader,
-    fields: Sequence[TensorField],
+    fields: Sequence[TensorField], room: Room,
 ) -> KVBlock:  # fmt: skip
     data = blob if not memoryview(blob).readonly else bytearray(blob)
     parts: dict[str, torch.Tensor] = {}
@@ -124,7 +129,7 @@ def _assembled(
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
         parts[field.name] = flat.view(field.shape)
         offset += field.size_bytes
-    tensors = tuple(codec.decode(group, Piece.of(key), parts) for group in layout.groups_of(key))
+    tensors = tuple(codec.decode(group, Piece.of(key), parts, room) for group in layout.groups_of(key))
     return KVBlock(key, layout, tensors, lossy=header.lossy)
 
 

@@ -8,13 +8,17 @@ keys that lie far from zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ghostcacher.blocks import TensorGroup
-from ghostcacher.codecs.grouping import check_finite, grid, group_axis, grouped
+from ghostcacher.codecs.grouping import check_finite, grid, group_axis, grouped, grouped_shape
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.codecs.symbols import runs
+
+Unpack = Callable[[slice, torch.Tensor], None]
+"""Writes the codes of some layers into fp32 memory, `grouped`."""
 
 _FP16_EXPONENT = 15
 _SHIFT_LIMIT = 110
@@ -49,20 +53,31 @@ def to_codes(group: TensorGroup, tensor: torch.Tensor, steps: int) -> tuple[torc
     return values.sub_(minimum).div_(step).round_().to(torch.uint8), parts
 
 
-class Decoder:
-    """What `to_codes` made, back to values, layer by layer."""
+def from_codes(
+    group: TensorGroup, parts: Mapping[str, torch.Tensor], steps: int, into: torch.Tensor, unpack: Unpack
+) -> None:
+    """What `to_codes` made, back to values ``[layers, heads, tokens, channels]`` in the layout's dtype.
 
-    def __init__(self, group: TensorGroup, parts: Mapping[str, torch.Tensor], steps: int) -> None:
-        axis = group_axis(group)
-        self._minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
-        self._step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - self._minimum) / steps
-        shift = parts.get(f"{group.name}.shift")
-        self._back = None if shift is None else torch.exp2(-shift.float()).tolist()
-
-    def values(self, layer: int, codes: torch.Tensor) -> torch.Tensor:
-        """Values of one layer in fp32, shaped as its ``codes``."""
-        values = codes.float().mul_(self._step[layer]).add_(self._minimum[layer])
-        return values if self._back is None else values.mul_(self._back[layer])
+    Some layers at a time, in fp32 that stays in the processor's cache; ``unpack`` writes their codes.
+    """
+    axis = group_axis(group)
+    minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
+    step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / steps
+    shift = parts.get(f"{group.name}.shift")
+    back = None if shift is None else torch.exp2(-shift.float()).view(-1, 1, 1, 1, 1)
+    several = runs(len(into), into[0].numel()) if len(into) else []
+    room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device="cpu", dtype=torch.float32)
+    for run in several:
+        values = room[: run.stop - run.start]
+        unpack(run, values)
+        # One pass is faster over contiguous channels, two where each row has one number.
+        if group.spec.name == "keys":
+            torch.addcmul(minimum[run], values, step[run], out=values)
+        else:
+            values.mul_(step[run]).add_(minimum[run])
+        if back is not None:
+            values.mul_(back[run])
+        into[run] = values.view(into[run].shape)
 
 
 def _shift(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,7 @@ class TierContract:
 
         def place(block: KVBlock) -> None:
             with lock:
-                found[block.key.digest] = block
+                found[block.key.digest] = replace(block, tensors=tuple(tensor.clone() for tensor in block.tensors))
 
         placed = tier.fetch([block.key for block in blocks], LAYOUT, place, exact_only=True)
         assert placed == frozenset(found)

@@ -13,7 +13,10 @@ from ghostcacher.keys import BlockKey, PrefixChain
 from ghostcacher.stores.base import Blob
 
 Place = Callable[[KVBlock], None]
-"""Takes one verified block, on any thread; blocks of one fetch never overlap."""
+"""Takes one verified block, on any thread; blocks of one fetch never overlap.
+
+What it wants to keep it copies: the block's memory is used again for the next one.
+"""
 
 SNAPSHOT_SHARE = 0.25
 """How much of a tier's budget the snapshots of one namespace may take."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from ghostcacher.blocks import KVLayout
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
 from ghostcacher.codecs.registry import record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
@@ -31,6 +33,13 @@ from ghostcacher.tiers.counts import Counts
 
 SWEEP_SHARE = 0.05
 _KEEP = frozenset({"version", "lossy", "codec"})
+
+
+class _PerThread(threading.local):
+    """What each reader of one fetch decodes into."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
 
 
 class EncodedTier:
@@ -69,11 +78,12 @@ class EncodedTier:
     def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
         """See `Tier.fetch`. A local store is read block by block on several threads, a remote one in one batch."""
         placed: set[bytes] = set()
+        own = _PerThread()
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
 
         def read(batch: Sequence[BlockKey]) -> None:
             for key, blob in self._read(batch, limit_bytes):
-                if self._place(key, blob, layout, place, exact_only=exact_only):
+                if self._place(key, blob, layout, place, own.scratch, exact_only=exact_only):
                     placed.add(key.digest)
 
         with self.index.pinned([key.digest for key in keys]):
@@ -162,9 +172,12 @@ class EncodedTier:
                 else:
                     yield key, value
 
-    def _place(self, key: BlockKey, blob: Buffer, layout: KVLayout, place: Place, *, exact_only: bool) -> bool:
+    def _place(
+        self, key: BlockKey, blob: Buffer, layout: KVLayout, place: Place, scratch: Scratch, *, exact_only: bool
+    ) -> bool:
+        scratch.reuse()
         try:
-            block = decode_blob(blob, key, layout, exact_only=exact_only)
+            block = decode_blob(blob, key, layout, exact_only=exact_only, room=scratch)
         except BlockError as error:
             self.reject(key.store_key, error.reason)
             return False

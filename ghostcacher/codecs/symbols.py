@@ -1,0 +1,200 @@
+"""Integer codes to bytes: rows of like spread share a zstd frame, small codes share a byte.
+
+Codes come as ``[layers, rows, columns]``. Layers are coded in runs (see `runs`): a run is what is unpacked at once. In
+a run, the rows of one class make one frame, with a Huffman table that fits them. A byte holds 1, 2 or 4 codes of a row,
+whatever makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ghostcacher.codecs.entropy import compress, decompress
+from ghostcacher.codecs.header import VARIABLE, TensorField
+from ghostcacher.errors import BlockError
+
+RUN_VALUES = 2**18
+WIDTHS = (1, 2, 4)
+CODE_LIMIT = 2**30
+_LISTED_BYTES = 3
+_LISTED_SHARE = 0.02
+_CODE_BYTES = 4
+_MINUS = {1: 128, 2: 8, 4: 2}
+Parts = Mapping[str, torch.Tensor]
+
+
+def runs(layers: int, values: int) -> list[slice]:
+    """Layers that are coded together: as many as hold some 2^18 codes, at least one; ``values`` are those of one."""
+    step = max(1, RUN_VALUES // max(1, values))
+    return [slice(begin, min(begin + step, layers)) for begin in range(0, layers, step)]
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolCoder:
+    """Codes ``[layers, rows, columns]`` under the name ``name``, with at most ``classes`` frames in a run."""
+
+    name: str
+    layers: int
+    rows: int
+    columns: int
+    classes: int
+
+    @property
+    def runs(self) -> list[slice]:
+        """See `runs`."""
+        return runs(self.layers, self.rows * self.columns)
+
+    def fields(self) -> tuple[TensorField, ...]:
+        """``sizes`` and ``widths`` (codes in a byte) of each run's frames, and how many codes of it are ``listed``."""
+        count, name = len(self.runs), self.name
+        return (
+            TensorField(f"{name}.sizes", "I32", (count, self.classes)),
+            TensorField(f"{name}.listed", "I32", (count,)),
+            TensorField(f"{name}.widths", "U8", (count, self.classes)),
+            TensorField(f"{name}.frames", "U8", (VARIABLE,)),
+            TensorField(f"{name}.list", "U8", (VARIABLE,)),
+        )
+
+    def pack(self, codes: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`fields` of whole numbers ``codes`` in fp32, whose rows are in ``classes`` ``[layers, rows]``, U8."""
+        frames: list[_Frame] = []
+        for run in self.runs:
+            rows, of_rows = codes[run].reshape(-1, self.columns), classes[run].reshape(-1)
+            frames += [_smallest(rows, (of_rows == number).nonzero()[:, 0]) for number in range(self.classes)]
+        shape = (-1, self.classes)
+        counts = torch.tensor([len(frame.listed) for frame in frames], dtype=torch.int32).view(shape)
+        name = self.name
+        return {
+            f"{name}.sizes": torch.tensor([len(frame.data) for frame in frames], dtype=torch.int32).view(shape),
+            f"{name}.listed": counts.sum(dim=1, dtype=torch.int32),
+            f"{name}.widths": torch.tensor([frame.width for frame in frames], dtype=torch.uint8).view(shape),
+            f"{name}.frames": _bytes(b"".join(frame.data for frame in frames)),
+            f"{name}.list": _planes(torch.cat([frame.listed for frame in frames])),
+        }
+
+    def unpack(self, parts: Parts, classes: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each run with its codes ``[layers of the run, rows, columns]`` in fp32; valid until the next one.
+
+        Raises:
+            BlockError: ``frame``: sizes, widths or codes that `pack` does not write.
+        """
+        sizes, widths = parts[f"{self.name}.sizes"], parts[f"{self.name}.widths"]
+        flat = sizes.flatten().tolist()
+        data = parts[f"{self.name}.frames"]
+        if min(flat, default=0) < 0 or sum(flat) != len(data) or int(classes.max()) >= self.classes:
+            raise BlockError("frame", f"{self.name}: sizes that do not fit the frames")
+        frames, listed = torch.split(data, flat), self._listed(parts)
+        room = torch.empty((self.runs[0].stop * self.rows, self.columns), dtype=torch.float32, device="cpu")
+        for number, run in enumerate(self.runs):
+            own = frames[number * self.classes : (number + 1) * self.classes]
+            of_rows = classes[run].reshape(-1)
+            codes = _unpacked(own, widths[number].tolist(), of_rows, room[: len(of_rows)])
+            self._put(codes, listed[number])
+            yield run, codes.view(run.stop - run.start, self.rows, self.columns)
+
+    def _listed(self, parts: Parts) -> tuple[torch.Tensor, ...]:
+        counts = parts[f"{self.name}.listed"].tolist()
+        most = self.layers * self.rows * self.columns
+        if min(counts, default=0) < 0 or sum(counts) > most:
+            raise BlockError("frame", f"{self.name}: more codes listed than there are")
+        return torch.split(_from_planes(parts[f"{self.name}.list"], sum(counts)), counts)
+
+    def _put(self, codes: torch.Tensor, listed: torch.Tensor) -> None:
+        if len(listed):
+            places = listed[:, 0].long()
+            if int(places.min()) < 0 or int(places.max()) >= codes.numel():
+                raise BlockError("frame", f"{self.name}: a listed code outside its run")
+            codes.view(-1)[places] = listed[:, 1].float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """One class of one run: ``listed`` ``[codes, 2]`` are place within the run and code, int32."""
+
+    data: bytes
+    width: int
+    listed: torch.Tensor
+
+    @property
+    def cost_bytes(self) -> int:
+        return len(self.data) + _LISTED_BYTES * len(self.listed)
+
+
+def _smallest(rows: torch.Tensor, chosen: torch.Tensor) -> _Frame:
+    """The frame of the ``chosen`` ones of ``rows`` ``[rows, columns]``; none if all their codes are 0."""
+    codes = rows[chosen]
+    if not bool(codes.any()):
+        return _Frame(b"", 0, torch.empty((0, 2), dtype=torch.int32))
+    most = codes.numel() * _LISTED_SHARE
+    frames = [frame for width in WIDTHS if (frame := _frame(codes, chosen, width, most)) is not None]
+    return min(frames, key=lambda frame: frame.cost_bytes)
+
+
+def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, most: float) -> _Frame | None:
+    minus, columns = _MINUS[width], codes.shape[1]
+    is_out = (codes < -minus) | (codes >= minus)
+    out = is_out.nonzero()
+    if len(out) > most and width > 1:
+        return None
+    places = chosen[out[:, 0]] * columns + out[:, 1]
+    listed = torch.stack([places, codes[is_out]], dim=1).to(torch.int32)
+    parts = (codes.clamp(-minus, minus - 1) + minus).to(torch.uint8).chunk(width, dim=1)
+    symbols = parts[0].clone()
+    for number, part in enumerate(parts[1:], start=1):
+        symbols |= part << (8 // width * number)
+    data: memoryview = symbols.contiguous().view(-1).numpy().data
+    return _Frame(compress(data), width, listed)
+
+
+def _unpacked(
+    frames: tuple[torch.Tensor, ...], widths: list[int], of_rows: torch.Tensor, room: torch.Tensor
+) -> torch.Tensor:
+    """Codes of one run in ``room`` ``[rows, columns]``."""
+    columns = room.shape[1]
+    counts = of_rows.bincount(minlength=len(frames)).tolist()
+    order = of_rows.argsort(stable=True) if len(frames) > 1 else None
+    codes = room if order is None else torch.empty_like(room, dtype=torch.int8)
+    begin = 0
+    for frame, width, count in zip(frames, widths, counts, strict=True):
+        _spread(frame, width, codes[begin : begin + count], columns)
+        begin += count
+    if order is None:
+        return room
+    return room.copy_(codes.index_select(0, order.argsort()))
+
+
+def _spread(frame: torch.Tensor, width: int, into: torch.Tensor, columns: int) -> None:
+    """The codes of one frame into ``into`` ``[rows, columns]``."""
+    if not len(into) or (width == 0 and not len(frame)):
+        into.zero_()
+        return
+    if width not in WIDTHS or columns % width:
+        raise BlockError("frame", f"{width} codes in a byte")
+    symbols = _bytes(decompress(frame.numpy().data, into.numel() // width)).view(len(into), columns // width)
+    bits = 8 // width
+    for number, part in enumerate(into.chunk(width, dim=1)):
+        codes = symbols >> (bits * number) if number else symbols
+        codes = codes & (2**bits - 1) if number < width - 1 else codes
+        part.copy_((codes - _MINUS[width]).view(torch.int8))
+
+
+def _planes(listed: torch.Tensor) -> torch.Tensor:
+    """``[codes, 2]`` int32 as one frame, byte planes apart: the upper ones are almost constant."""
+    if not len(listed):
+        return torch.empty(0, dtype=torch.uint8)
+    planes = listed.contiguous().view(torch.uint8).view(-1, 2 * _CODE_BYTES).T.contiguous()
+    return _bytes(compress(planes.view(-1).numpy().data))
+
+
+def _from_planes(frame: torch.Tensor, count: int) -> torch.Tensor:
+    if not count and not len(frame):
+        return torch.empty((0, 2), dtype=torch.int32)
+    planes = _bytes(decompress(frame.numpy().data, count * 2 * _CODE_BYTES)).view(2 * _CODE_BYTES, count)
+    return planes.T.reshape(-1).view(torch.int32).view(count, 2)
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
