@@ -162,11 +162,13 @@ class TensorGroup:
 class KVLayout:
     """What one block of a model's cache consists of, layer by layer.
 
-    ``rotation`` is how keys are turned, if all are turned alike: for codecs, no part of the layout's identity.
+    ``rotation`` is how keys are turned, if all are turned alike, and ``weights`` names whose cache it is: for codecs,
+    no part of the layout's identity.
     """
 
     layers: tuple[LayerSpec, ...]
     rotation: Rotation | None = field(default=None, compare=False)
+    weights: str = field(default="", compare=False)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, head_dim: int, dtype: str = "float32") -> Self:

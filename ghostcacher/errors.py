@@ -46,7 +46,9 @@ class BlockError(GhostcacherError, ValueError):
 
     ``reason`` is one word of a fixed set: ``corrupt`` (digest), ``header`` (malformed), ``key_echo`` (another
     block's bytes), ``geometry`` (another layout), ``codec`` (unknown or wrong), ``version`` (another format),
-    ``lossy`` (an exact store met a lossy block), ``nonfinite`` (NaN or infinity offered to a lossy codec).
+    ``lossy`` (an exact store met a lossy block), ``nonfinite`` (NaN or infinity offered to a lossy codec),
+    ``frame`` (not what the codec writes), ``uncalibrated`` (a codec that needs tables of the model has none),
+    ``tables`` (an asset of tables is not what its name says).
     """
 
     def __init__(self, reason: str, message: str) -> None:

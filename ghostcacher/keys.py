@@ -28,6 +28,7 @@ from ghostcacher.errors import ConfigurationError
 BLOCK_DOMAIN = b"ghostcacher/block/1\0"
 SNAPSHOT_DOMAIN = b"ghostcacher/snapshot/1\0"
 NAMESPACE_DOMAIN = b"ghostcacher/namespace/1\0"
+TABLES_DOMAIN = b"ghostcacher/tables/1\0"
 TOKEN_BYTES = 4
 _TOKEN_ID_LIMIT = 2**31
 
@@ -55,6 +56,10 @@ class Namespace:
     def hex(self) -> str:
         """64 lower-case hexadecimal digits, as used in paths."""
         return self.digest.hex()
+
+
+TABLES = Namespace(hashlib.sha256(TABLES_DOMAIN).digest())
+"""Where a store keeps what codecs have learned of models. It holds no blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -89,7 +89,8 @@ class ModelAdapter:
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
                 self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
-            self._weights.current(module, walk(module, self._is_ignored).tensors)
+            weights = self._weights.current(module, walk(module, self._is_ignored).tensors)
+            self.shape = replace(self.shape, layout=replace(self.shape.layout, weights=weights.base))
         except UnsupportedModelError as error:
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)

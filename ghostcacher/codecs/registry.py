@@ -14,6 +14,7 @@ from ghostcacher.codecs.bnb import BnbFp4Codec, BnbInt8Codec, BnbNf4Codec
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.errors import ConfigurationError
@@ -23,14 +24,17 @@ Finder = Callable[[str], Factory | None]
 
 ENTRY_POINTS = "ghostcacher.codecs"
 CODECS: Mapping[str, Factory] = {
-    "bf16": Bf16Codec, "ec": EntropyCodec.of, "int4": Int4Codec, "int8": Int8Codec, "raw": RawCodec,
-    "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of, "bnb_nf4": BnbNf4Codec.of, "bnb_fp4": BnbFp4Codec.of,
+    "bf16": Bf16Codec, "ec": EntropyCodec.of, "int4": Int4Codec, "int8": Int8Codec, "kvt": KvtCodec.of,
+    "raw": RawCodec, "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of, "bnb_nf4": BnbNf4Codec.of,
+    "bnb_fp4": BnbFp4Codec.of,
 }  # fmt: skip
 _SPOKEN = re.compile(r"(?P<name>[a-z0-9_.]+)(?:\((?P<number>[0-9.eE+-]+)\))?")
 
 
-def codec_named(text: str) -> TensorCodec:
+def codec_named(text: str, find: Finder | None = None) -> TensorCodec:
     """The codec that ``text`` stands for: a name, and for some a number, such as ``"ec(0.25)"``.
+
+    ``find`` is asked in place of `factory_of`.
 
     Codecs of other packages are found by their entry point in the group ``ghostcacher.codecs``.
 
@@ -39,7 +43,7 @@ def codec_named(text: str) -> TensorCodec:
         MissingExtraError: it needs a package that is not installed.
     """
     spoken = _SPOKEN.fullmatch(text)
-    make = factory_of(spoken["name"]) if spoken else None
+    make = (find or factory_of)(spoken["name"]) if spoken else None
     if spoken is None or make is None:
         raise ConfigurationError(f"codec={text!r} is unknown; choose one of {', '.join(sorted(CODECS))}")
     try:

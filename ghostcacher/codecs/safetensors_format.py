@@ -7,7 +7,7 @@ checks structure, not values. The header is rebuilt from what the reader expects
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,9 +33,10 @@ _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items
 
 @dataclass(frozen=True, slots=True)
 class CodecChain:
-    """A tensor codec, then the safetensors serializer."""
+    """A tensor codec, then the safetensors serializer. ``find`` knows the codecs of blocks that are read."""
 
     codec: TensorCodec
+    find: Finder | None = field(default=None, compare=False)
 
     def encode(self, block: KVBlock, *, model: str = "") -> Sequence[Buffer]:
         """The blob as buffers to be written one after another: header, then tensors. Does not change ``block``.
@@ -123,12 +124,12 @@ def _assembled(
 ) -> KVBlock:  # fmt: skip
     data = blob if not memoryview(blob).readonly else bytearray(blob)
     parts: dict[str, torch.Tensor] = {}
-    for field in fields:
-        count = field.size_bytes // ITEM_BYTES[field.dtype]
-        dtype = _TORCH_DTYPES[field.dtype]
+    for each in fields:
+        count = each.size_bytes // ITEM_BYTES[each.dtype]
+        dtype = _TORCH_DTYPES[each.dtype]
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
-        parts[field.name] = flat.view(field.shape)
-        offset += field.size_bytes
+        parts[each.name] = flat.view(each.shape)
+        offset += each.size_bytes
     tensors = tuple(codec.decode(group, Piece.of(key), parts, room) for group in layout.groups_of(key))
     return KVBlock(key, layout, tensors, lossy=header.lossy)
 

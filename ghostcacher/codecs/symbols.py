@@ -16,7 +16,7 @@ from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.errors import BlockError
 
-RUN_VALUES = 2**18
+RUN_VALUES = 2**20
 WIDTHS = (1, 2, 4)
 CODE_LIMIT = 2**30
 _LISTED_BYTES = 3
@@ -26,9 +26,9 @@ _MINUS = {1: 128, 2: 8, 4: 2}
 Parts = Mapping[str, torch.Tensor]
 
 
-def runs(layers: int, values: int) -> list[slice]:
-    """Layers that are coded together: as many as hold some 2^18 codes, at least one; ``values`` are those of one."""
-    step = max(1, RUN_VALUES // max(1, values))
+def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
+    """Layers taken together: as many as hold ``most`` values, at least one; ``values`` are those of one."""
+    step = max(1, most // max(1, values))
     return [slice(begin, min(begin + step, layers)) for begin in range(0, layers, step)]
 
 
@@ -168,17 +168,19 @@ def _unpacked(
 
 def _spread(frame: torch.Tensor, width: int, into: torch.Tensor, columns: int) -> None:
     """The codes of one frame into ``into`` ``[rows, columns]``."""
-    if not len(into) or (width == 0 and not len(frame)):
+    rows = into.shape[0]
+    if not rows or (width == 0 and not frame.numel()):
         into.zero_()
         return
     if width not in WIDTHS or columns % width:
         raise BlockError("frame", f"{width} codes in a byte")
-    symbols = _bytes(decompress(frame.numpy().data, into.numel() // width)).view(len(into), columns // width)
-    bits = 8 // width
-    for number, part in enumerate(into.chunk(width, dim=1)):
+    part = columns // width
+    symbols = _bytes(decompress(frame.numpy().data, rows * part)).view(rows, part)
+    bits, minus = 8 // width, _MINUS[width]
+    for number in range(width):
         codes = symbols >> (bits * number) if number else symbols
         codes = codes & (2**bits - 1) if number < width - 1 else codes
-        part.copy_((codes - _MINUS[width]).view(torch.int8))
+        into[:, number * part : (number + 1) * part] = (codes - minus).view(torch.int8)
 
 
 def _planes(listed: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ghostcacher.codecs.symbols import runs
 Unpack = Callable[[slice, torch.Tensor], None]
 """Writes the codes of some layers into fp32 memory, `grouped`."""
 
+_AT_ONCE = 2**21
 _FP16_EXPONENT = 15
 _SHIFT_LIMIT = 110
 
@@ -58,14 +59,14 @@ def from_codes(
 ) -> None:
     """What `to_codes` made, back to values ``[layers, heads, tokens, channels]`` in the layout's dtype.
 
-    Some layers at a time, in fp32 that stays in the processor's cache; ``unpack`` writes their codes.
+    Some layers at a time, through fp32; ``unpack`` writes their codes.
     """
     axis = group_axis(group)
     minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
     step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / steps
     shift = parts.get(f"{group.name}.shift")
     back = None if shift is None else torch.exp2(-shift.float()).view(-1, 1, 1, 1, 1)
-    several = runs(len(into), into[0].numel()) if len(into) else []
+    several = runs(len(into), into[0].numel(), _AT_ONCE) if len(into) else []
     room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device="cpu", dtype=torch.float32)
     for run in several:
         values = room[: run.stop - run.start]

@@ -4,7 +4,8 @@ from ghostcacher.research import evaluate
 print(evaluate(model, "int4", texts))  # texts: token ids, one tensor [1, tokens] each
 """
 
-from ghostcacher.research.evaluate import Measure, evaluate
+from ghostcacher.research.calibrate import calibrate, steps_of
+from ghostcacher.research.evaluate import PREFIX_TOKENS, SCORED_TOKENS, Measure, evaluate
 from ghostcacher.research.ladder import LADDER, sweep
 
-__all__ = ["LADDER", "Measure", "evaluate", "sweep"]
+__all__ = ["LADDER", "PREFIX_TOKENS", "SCORED_TOKENS", "Measure", "calibrate", "evaluate", "steps_of", "sweep"]

@@ -13,8 +13,9 @@ import torch
 
 from ghostcacher.blocks import KVBlock, KVLayout, LayerSpec, TensorGroup
 from ghostcacher.codecs.base import Piece, TensorCodec
-from ghostcacher.codecs.header import header_bytes
-from ghostcacher.codecs.registry import CODECS, Finder, codec_named, factory_of
+from ghostcacher.codecs.header import header_bytes, spoken
+from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs.registry import CODECS, Finder, codec_named, factory_of, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.research.replay import Replay
 
@@ -57,6 +58,7 @@ class Measure:
 def evaluate(
     model: Any, codec: str | TensorCodec, texts: Sequence[torch.Tensor] | Sequence[Replay], *,
     prefix_tokens: int = PREFIX_TOKENS, scored_tokens: int = SCORED_TOKENS, block_tokens: int = 128,
+    is_timed: bool = True,
 ) -> Measure:  # fmt: skip
     """Code the first ``prefix_tokens`` of each text in blocks, put them back, and score the ``scored_tokens`` after.
 
@@ -67,6 +69,7 @@ def evaluate(
         prefix_tokens: whole blocks.
         scored_tokens: their own state stays exact, as after a restore.
         block_tokens: as in ``open_store``.
+        is_timed: whether to measure rates too; they are NaN else.
 
     Raises:
         ConfigurationError: an unknown codec, or a text that is too short.
@@ -80,11 +83,12 @@ def evaluate(
     ]  # fmt: skip
     scores = [_score(replay, chosen) for replay in replays]
     bits, header_bits, kls, top1s, changes = zip(*scores, strict=True)
-    name = codec if isinstance(codec, str) else chosen.name
+    name = codec if isinstance(codec, str) else spoken(record_of(chosen))
+    rates = _shares(replays[0].blocks, chosen) if is_timed else (math.nan, math.nan)
     mean = statistics.fmean
     return Measure(
         name, mean(bits), mean(header_bits), mean(kls), min(kls), max(kls), mean(top1s), mean(changes),
-        *_shares(replays[0].blocks, chosen),
+        *rates,
     )  # fmt: skip
 
 
@@ -114,7 +118,9 @@ def quality(replay: Replay, logits: torch.Tensor) -> tuple[float, float, float]:
 
 
 def _finder(codec: TensorCodec) -> Finder:
-    """Finds ``codec``'s own class by its name, before any that is installed."""
+    """Finds ``codec`` itself if it has tables, and its own class by its name, before any that is installed."""
+    if isinstance(codec, KvtCodec):
+        return lambda name: (lambda **_: codec) if name == codec.name else factory_of(name)
     return lambda name: type(codec) if name == codec.name and name not in CODECS else factory_of(name)
 
 

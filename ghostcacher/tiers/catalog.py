@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.index import PrefixIndex
-from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.keys import TABLES, BlockKey, PrefixChain
 from ghostcacher.stores.base import Store, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
 
@@ -57,7 +58,7 @@ class ListingCatalog:
 
     def refresh_all(self, index: PrefixIndex) -> None:
         """See `Catalog.refresh_all`."""
-        buckets = list(self._store.buckets())
+        buckets = [bucket for bucket in self._store.buckets() if Path(bucket.path).parent.name != TABLES.hex]
         self._refresh(buckets, index)
         for gone in self._known.keys() - {bucket.path for bucket in buckets}:
             self._drop(self._known.pop(gone), index)

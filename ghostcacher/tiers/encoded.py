@@ -177,7 +177,7 @@ class EncodedTier:
     ) -> bool:
         scratch.reuse()
         try:
-            block = decode_blob(blob, key, layout, exact_only=exact_only, room=scratch)
+            block = decode_blob(blob, key, layout, exact_only=exact_only, find=self.chain.find, room=scratch)
         except BlockError as error:
             self.reject(key.store_key, error.reason)
             return False

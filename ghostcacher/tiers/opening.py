@@ -13,6 +13,7 @@ from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import StoreConfig, physical_memory_bytes
 from ghostcacher.events import CacheEvent, LogObserver, Observer
 from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.stores.base import Store
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
@@ -22,6 +23,7 @@ from ghostcacher.tiers.deadline import DeadlineStore
 from ghostcacher.tiers.decoded import DecodedTier
 from ghostcacher.tiers.encoded import EncodedTier
 from ghostcacher.tiers.readers import Readers
+from ghostcacher.tiers.shelf import Shelf
 from ghostcacher.tiers.stack import TierStack
 from ghostcacher.tiers.writer import Writer
 
@@ -56,7 +58,8 @@ def open_store(
         remote: any fsspec URL, such as ``"s3://bucket/prefix"``; None means no remote tier. A call to it never
             takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS`` (5 s).
         codec: of disk and remote: ``"raw"`` and ``"raw.z"`` are exact, ``"int8"``, ``"int4"``, ``"ec(0.25)"`` and
-            ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are.
+            ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are. ``"kvt(0.35)"`` is the
+            smallest, and needs ``ghostcacher calibrate`` once for each model.
         remote_codec: of the remote tier, if another.
         block_tokens: tokens in a block, 16 to 4096.
         salt: isolates tenants: other salts never see these blocks, in any tier.
@@ -78,16 +81,19 @@ def open_store(
             observer(event)
 
     readers = Readers()
-    chains = {
-        text: CodecChain(codec_named(text)) for text in {config.memory_codec, config.disk_codec, config.remote_codec}
-    }
+    directory_store = None if config.disk_bytes is None else DirectoryStore(config.directory)
+    remote_store = None if config.remote is None else DeadlineStore(FilesystemStore(config.remote))
+    stores = [store for store in (directory_store, remote_store) if store is not None]
+    shelf = Shelf(stores, config.remote_timeout_seconds)
+    codecs = (config.memory_codec, config.disk_codec, config.remote_codec)
+    chains = {text: CodecChain(codec_named(text, shelf.find), shelf.find) for text in codecs}
     tiers: list[Tier] = [*_near_tiers(config, chains[config.memory_codec], observe, readers)]
-    if config.disk_bytes is not None:
-        tiers.append(_disk_tier(config, chains[config.disk_codec], observe, readers))
-    if config.remote is not None:
-        tiers.append(_remote_tier(config, config.remote, chains[config.remote_codec], observe))
+    if directory_store is not None:
+        tiers.append(_disk_tier(config, directory_store, chains[config.disk_codec], observe, readers))
+    if remote_store is not None:
+        tiers.append(_remote_tier(config, remote_store, chains[config.remote_codec], observe))
     writer = Writer(int(physical_memory_bytes() * QUEUE_SHARE_OF_MEMORY), observe)
-    return TierStack(config, tiers, writer, readers, observers)
+    return TierStack(config, tiers, writer, readers, observers, shelf)
 
 
 def default_store() -> TierStack:
@@ -114,8 +120,9 @@ def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, reade
     )  # fmt: skip
 
 
-def _disk_tier(config: StoreConfig, chain: CodecChain, observe: Observer, readers: Readers) -> EncodedTier:
-    store = DirectoryStore(config.directory)
+def _disk_tier(
+    config: StoreConfig, store: DirectoryStore, chain: CodecChain, observe: Observer, readers: Readers
+) -> EncodedTier:
     tier = EncodedTier(
         "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
         budget_bytes=config.disk_bytes, strict=config.strict, spread=readers, touch_store=store.touch_many,
@@ -125,8 +132,7 @@ def _disk_tier(config: StoreConfig, chain: CodecChain, observe: Observer, reader
     return tier
 
 
-def _remote_tier(config: StoreConfig, url: str, chain: CodecChain, observe: Observer) -> EncodedTier:
-    store = DeadlineStore(FilesystemStore(url))
+def _remote_tier(config: StoreConfig, store: Store, chain: CodecChain, observe: Observer) -> EncodedTier:
     timeout_seconds = config.remote_timeout_seconds
     tier = EncodedTier(
         "remote", store, chain, LeastRecentlyUsed(), observe, is_local=False, timeout_seconds=timeout_seconds,

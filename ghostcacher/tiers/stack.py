@@ -17,6 +17,7 @@ from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
 from ghostcacher.tiers.readers import Readers
+from ghostcacher.tiers.shelf import Shelf
 from ghostcacher.tiers.writer import Job, Writer
 
 PENDING_WAIT_SECONDS = 0.5
@@ -83,11 +84,13 @@ class TierStack:
     """Several tiers as one. ``match`` is a hint; ``fetch`` may give less; ``submit`` returns at once."""
 
     def __init__(
-        self, config: StoreConfig, tiers: Sequence[Tier], writer: Writer, readers: Readers, observers: list[Observer]
-    ) -> None:
+        self, config: StoreConfig, tiers: Sequence[Tier], writer: Writer, readers: Readers, observers: list[Observer],
+        shelf: Shelf,
+    ) -> None:  # fmt: skip
         self.config = config
         self.tiers = tuple(tiers)
         self.observers = observers
+        self.shelf = shelf
         self._writer = writer
         self._readers = readers
         self._exact_only = not any(tier.is_lossy for tier in tiers)

@@ -99,7 +99,7 @@ def remote_stack(tmp_path, remote, *, strict=False, timeout_seconds=0.3):
         timeout_seconds=timeout_seconds, strict=strict,
     )  # fmt: skip
     tier.catalog = ProbingCatalog(held, timeout_seconds)
-    return TierStack(store.config, [*store.tiers, tier], store._writer, store._readers, store.observers)
+    return TierStack(store.config, [*store.tiers, tier], store._writer, store._readers, store.observers, store.shelf)
 
 
 def test_a_remote_tier_is_asked_in_one_batch_and_found_by_another_process(tmp_path):
@@ -222,7 +222,7 @@ def test_observers_see_everything(tmp_path, llama, generate):
         ({"disk": "-3"}, "-3"),
         ({"block_tokens": 8}, "16 to 4096"),
         ({"block_tokens": "128"}, "whole number"),
-        ({"codec": "zip"}, "int8, raw"),
+        ({"codec": "zip"}, "int8, kvt, raw"),
         ({"remote": "no url"}, "s3://"),
         ({"remote": "nonsense://x"}, "nonsense"),
     ],

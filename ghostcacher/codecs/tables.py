@@ -1,0 +1,173 @@
+"""What `kvt` has learned of one model: how much each channel matters, and which channels move together.
+
+An asset is a safetensors file, named by the SHA-256 of its bytes. Blocks name the asset they were coded with: without
+it they cannot be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ghostcacher.blocks import Rotation, TensorGroup
+from ghostcacher.errors import BlockError
+
+FORMAT = 1
+_BASIS_RANK = 4
+_DIGEST_CHARS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Of one tensor over its layers, with n = heads * channels in some parts of equal width w; keys before rope.
+
+    State is ``mean + step * basis @ codes``, part by part, where codes of equal size cost equal divergence.
+    ``mean`` is ``[layers, n]`` fp32, ``basis`` ``[layers, parts, w, w]`` bf16, ``spread`` ``[layers, n]`` fp32: how
+    far codes spread at step 1.
+    """
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    spread: torch.Tensor
+
+    @cached_property
+    def analysis(self) -> torch.Tensor:
+        """The inverse of ``basis`` in fp32: state to codes."""
+        # One by one: in batches, MKL's inverse fails now and then beside other threads.
+        inverses = [torch.linalg.inv(matrix) for matrix in self.basis.double().flatten(0, 1).contiguous()]
+        return torch.stack(inverses).view(self.basis.shape).float()
+
+    @cached_property
+    def reach(self) -> float:
+        """How far a value may be off at step 1, at most."""
+        return float(self.basis.float().abs().sum(dim=-1).amax()) / 2
+
+    def fits(self, group: TensorGroup) -> bool:
+        """Whether it is of tensors of this shape."""
+        layers, heads, _, channels = group.shape(1)
+        return tuple(self.mean.shape) == (layers, heads * channels)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """One asset: a `Table` by group name, how keys were turned, and the model's ``curve``.
+
+    ``curve`` are pairs of step and KL in nats a token, measured when they were made. Equal if their bytes are.
+    """
+
+    groups: Mapping[str, Table]
+    rotation: Rotation | None
+    curve: tuple[tuple[float, float], ...]
+    model: str = ""
+
+    @cached_property
+    def blob(self) -> bytes:
+        """The asset's bytes."""
+        tensors = {
+            f"{name}.{part}": getattr(table, part).contiguous()
+            for name, table in self.groups.items() for part in ("mean", "basis", "spread")
+        }  # fmt: skip
+        turned = self.rotation and [list(self.rotation.frequencies), self.rotation.interleaved]
+        document = {"format": FORMAT, "model": self.model, "rotation": turned, "curve": self.curve}
+        return save(tensors, {"ghostcacher": json.dumps(document, separators=(",", ":"), sort_keys=True)})
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `blob`, in hexadecimal."""
+        return hashlib.sha256(self.blob).hexdigest()
+
+    @classmethod
+    def parse(cls, blob: bytes, digest: str) -> Self:
+        """The tables in ``blob``, which must be the asset named ``digest``.
+
+        Raises:
+            BlockError: ``tables``: other bytes, or not what `blob` gives.
+        """
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise BlockError("tables", f"the asset {digest[:12]} does not have that content")
+        try:
+            tensors = load(blob)
+            (header_bytes,) = (int.from_bytes(blob[:8], "little"),)
+            document = json.loads(json.loads(blob[8 : 8 + header_bytes])["__metadata__"]["ghostcacher"])
+            if document["format"] != FORMAT:
+                raise BlockError("tables", f"format {document['format']!r}, this reader knows {FORMAT}")
+            names = {name.rpartition(".")[0] for name in tensors}
+            groups = {name: _checked(*(tensors[f"{name}.{p}"] for p in ("mean", "basis", "spread"))) for name in names}
+            parsed = cls(groups, _rotation(document["rotation"]), _curve(document["curve"]), str(document["model"]))
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise BlockError("tables", f"not an asset of tables ({type(error).__name__})") from error
+        if parsed.digest != digest:
+            raise BlockError("tables", "an asset that another writer made")
+        return parsed
+
+    def step(self, kl: float) -> float:
+        """The step at which the curve reaches ``kl`` nats a token; beyond its ends it goes on as at them."""
+        return _between([(known, step) for step, known in self.curve], kl)
+
+    def kl(self, step: float) -> float:
+        """What the curve says of ``step``: the inverse of `step`."""
+        return _between(self.curve, step)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tables) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+class TablesSource(Protocol):
+    """Where assets are kept."""
+
+    def of_model(self, weights: str) -> Tables | None:
+        """The newest tables of the model with these weights; see `KVLayout.weights`."""
+        ...
+
+    def named(self, digest: str) -> Tables | None:
+        """The tables with this content."""
+        ...
+
+
+def is_digest(text: object) -> bool:
+    """Whether ``text`` may name an asset."""
+    return isinstance(text, str) and len(text) == _DIGEST_CHARS and set(text) <= set("0123456789abcdef")
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The line through ``points`` at ``x``, in logarithms."""
+    at = next((n for n, (known, _) in enumerate(points[1:-1], start=1) if x <= known), len(points) - 1)
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    return float(y0 * (x / x0) ** (math.log(y1 / y0) / math.log(x1 / x0)))
+
+
+def _checked(mean: torch.Tensor, basis: torch.Tensor, spread: torch.Tensor) -> Table:
+    layers, n = mean.shape
+    is_square = basis.dim() == _BASIS_RANK and basis.shape[2] == basis.shape[3]
+    is_whole = is_square and basis.shape[0] == layers and basis.shape[1] * basis.shape[2] == n
+    dtypes = (mean.dtype, basis.dtype, spread.dtype)
+    if not is_whole or spread.shape != mean.shape or dtypes != (torch.float32, torch.bfloat16, torch.float32):
+        raise ValueError("shapes that do not fit each other")
+    if not all(bool(torch.isfinite(part).all()) for part in (mean, basis, spread)):
+        raise ValueError("numbers that are none")
+    return Table(mean, basis, spread)
+
+
+def _rotation(turned: Any) -> Rotation | None:
+    return None if turned is None else Rotation(tuple(map(float, turned[0])), bool(turned[1]))
+
+
+def _curve(points: Any) -> tuple[tuple[float, float], ...]:
+    curve = tuple((float(c), float(kl)) for c, kl in points)
+    rises = all(0 < a[0] < b[0] and 0 < a[1] < b[1] for a, b in pairwise(curve))
+    if len(curve) == 1 or not rises:
+        raise ValueError("a curve that does not rise")
+    return curve

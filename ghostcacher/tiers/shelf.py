@@ -1,0 +1,95 @@
+"""Tables of codecs, kept in the stores beside the blocks that need them.
+
+An asset lies under ``<TABLES>/<SHA-256 of its bytes>``, which of them a model's newest is under
+``<TABLES>/<SHA-256 of the model's weights id>``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+
+from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs.registry import Factory, factory_of
+from ghostcacher.codecs.tables import Tables, is_digest
+from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.keys import TABLES
+from ghostcacher.stores.base import Store
+
+ASSET_LIMIT_BYTES = 2**30
+LOOK_AGAIN_SECONDS = 30.0
+_NAME_BYTES = 64
+
+
+class Shelf:
+    """See `TablesSource`, over ``stores``, nearest first. What was found is kept, what was not is asked for again."""
+
+    def __init__(self, stores: Sequence[Store], timeout_seconds: float) -> None:
+        self._stores = tuple(stores)
+        self._timeout_seconds = timeout_seconds
+        self._tables: dict[str, Tables] = {}
+        self._names: dict[str, str] = {}
+        self._missed: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def find(self, name: str) -> Factory | None:
+        """See `factory_of`: makes codecs that look here for their tables."""
+        return functools.partial(KvtCodec.of, source=self) if name == KvtCodec.name else factory_of(name)
+
+    def of_model(self, weights: str) -> Tables | None:
+        """See `TablesSource.of_model`."""
+        with self._lock:
+            if weights not in self._names:
+                found = self._read(_pointer(weights), _NAME_BYTES)
+                if found is None or not is_digest(name := bytes(found).decode("ascii", "replace")):
+                    return None
+                self._names[weights] = name
+        return self.named(self._names[weights])
+
+    def named(self, digest: str) -> Tables | None:
+        """See `TablesSource.named`."""
+        with self._lock:
+            if digest not in self._tables:
+                blob = self._read(digest, ASSET_LIMIT_BYTES)
+                if blob is None:
+                    return None
+                try:
+                    self._tables[digest] = Tables.parse(bytes(blob), digest)
+                except BlockError:
+                    return None
+            return self._tables[digest]
+
+    def put(self, tables: Tables, weights: str) -> None:
+        """Keep ``tables`` in every store, as the newest of the model with ``weights``.
+
+        Raises:
+            StoreError: a store did not take them.
+        """
+        for store in self._stores:
+            for name, value in ((tables.digest, tables.blob), (_pointer(weights), tables.digest.encode())):
+                store.put_many({f"{TABLES.hex}/{name}": [value]}, timeout_seconds=self._timeout_seconds)
+        with self._lock:
+            self._tables[tables.digest], self._names[weights] = tables, tables.digest
+            self._missed.clear()
+
+    def _read(self, name: str, limit_bytes: int) -> bytes | bytearray | memoryview | None:
+        """From the first store that has it; not asked again soon if none does."""
+        if self._missed.get(name, 0.0) > time.monotonic():
+            return None
+        key = f"{TABLES.hex}/{name}"
+        for store in self._stores:
+            try:
+                found = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=self._timeout_seconds).get(key)
+            except StoreError:
+                continue
+            if found is not None and not isinstance(found, StoreError):
+                return found
+        self._missed[name] = time.monotonic() + LOOK_AGAIN_SECONDS
+        return None
+
+
+def _pointer(weights: str) -> str:
+    return hashlib.sha256(weights.encode()).hexdigest()

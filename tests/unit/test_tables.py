@@ -1,0 +1,130 @@
+"""Assets of tables: named by content, read back as they were, refused if they are anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from ghostcacher.blocks import Rotation
+from ghostcacher.codecs.tables import Table, Tables
+from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.testing.faulty import FaultyStore
+from ghostcacher.tiers.shelf import Shelf
+
+CURVE = ((0.1, 1e-4), (0.5, 3e-3), (1.0, 1e-2))
+
+
+def tables(seed=0, curve=CURVE):
+    generator = torch.Generator().manual_seed(seed)
+
+    def table():
+        basis = torch.linalg.qr(torch.randn(2, 1, 8, 8, generator=generator))[0].bfloat16()
+        return Table(torch.randn(2, 8, generator=generator), basis, torch.rand(2, 8, generator=generator))
+
+    return Tables({"keys": table(), "values.3": table()}, Rotation((1.0, 0.1)), curve, "llama")
+
+
+def test_an_asset_is_read_back_as_it_was():
+    made = tables()
+    read = Tables.parse(made.blob, made.digest)
+    assert read == made
+    assert (read.rotation, read.curve, read.model) == (made.rotation, made.curve, made.model)
+    assert all(torch.equal(read.groups[name].basis, table.basis) for name, table in made.groups.items())
+    assert tables(1) != made
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_other_bytes_are_taken_for_it(data):
+    made = tables()
+    blob = bytearray(made.blob)
+    at = data.draw(st.integers(0, len(blob) - 1))
+    blob[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(BlockError, match="tables"):
+        Tables.parse(bytes(blob), made.digest)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_forged_assets_under_their_own_name_are_refused_or_sound(data):
+    """Whoever can write the store can name what they wrote."""
+    blob = bytearray(tables().blob)
+    for _ in range(data.draw(st.integers(1, 6))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    name = hashlib.sha256(blob).hexdigest()
+    try:
+        read = Tables.parse(bytes(blob), name)
+    except BlockError as error:
+        assert error.reason == "tables"
+        return
+    assert all(bool(torch.isfinite(table.basis).all()) for table in read.groups.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys.mean": torch.zeros(2, 7)},
+        {"keys.basis": torch.zeros(2, 1, 8, 8)},
+        {"keys.basis": torch.zeros(2, 2, 8, 8).bfloat16()},
+        {"keys.spread": torch.full((2, 8), torch.nan)},
+        {"curve": [[0.1, 1e-3], [0.5, 1e-4]]},
+        {"curve": [[0.1, 1e-3]]},
+        {"format": 2},
+        {"rotation": [["x"], False]},
+    ],
+)
+def test_assets_that_fit_nothing(change):
+    good = {"keys.mean": torch.zeros(2, 8), "keys.basis": torch.zeros(2, 1, 8, 8).bfloat16(),
+            "keys.spread": torch.zeros(2, 8)}  # fmt: skip
+    document = {"curve": CURVE, "format": 1, "model": "", "rotation": None}
+    tensors = {name: change.get(name, part) for name, part in good.items()}
+    text = json.dumps({name: change.get(name, part) for name, part in document.items()}, separators=(",", ":"))
+    blob = save(tensors, {"ghostcacher": text})
+    with pytest.raises(BlockError, match="tables"):
+        Tables.parse(blob, hashlib.sha256(blob).hexdigest())
+
+
+def test_the_curve_is_read_both_ways():
+    made = tables()
+    for step, kl in CURVE:
+        assert made.kl(step) == pytest.approx(kl)
+        assert made.step(kl) == pytest.approx(step)
+    for step in (0.02, 0.3, 0.8, 3.0):
+        assert made.step(made.kl(step)) == pytest.approx(step)
+    assert made.kl(0.02) < 1e-4 < made.kl(0.3) < 3e-3 < made.kl(0.8) < 1e-2 < made.kl(3.0)
+
+
+def test_a_shelf_keeps_tables_in_every_store_and_finds_them_in_any():
+    near, far, made = MemoryStore(), MemoryStore(), tables()
+    Shelf([near, far], 1.0).put(made, "weights")
+    for stores in ([near], [far], [MemoryStore(), far]):
+        shelf = Shelf(stores, 1.0)
+        assert shelf.of_model("weights") == made
+        assert shelf.named(made.digest) == made
+        assert shelf.of_model("others") is None
+    Shelf([near], 1.0).put(tables(1), "weights")
+    assert Shelf([near, far], 1.0).of_model("weights") == tables(1)
+    assert Shelf([near, far], 1.0).named(made.digest) == made
+
+
+def test_a_shelf_that_cannot_be_read_is_empty_and_asked_again_later(monkeypatch):
+    backing, made = MemoryStore(), tables()
+    Shelf([backing], 1.0).put(made, "weights")
+    broken = FaultyStore(backing)
+    broken.failing = frozenset({"get_many"})
+    shelf = Shelf([broken], 1.0)
+    assert shelf.of_model("weights") is None
+    broken.failing = frozenset()
+    assert shelf.of_model("weights") is None
+    monkeypatch.setattr("ghostcacher.tiers.shelf.LOOK_AGAIN_SECONDS", 0.0)
+    assert Shelf([broken], 1.0).of_model("weights") == made
+    broken.failing = frozenset({"put_many"})
+    with pytest.raises(StoreError):
+        shelf.put(made, "weights")
