@@ -7,9 +7,10 @@ holds one JSON document about the block. ``docs/format.md`` specifies every byte
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Self
 
@@ -52,6 +53,30 @@ class TensorField:
 
 
 @dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a block may cost and what it did, in nats a token.
+
+    ``budget`` is what was allowed, ``predicted`` what the model's curve said (None: there is none), ``replayed`` the
+    KL of the prompt's last tokens on the coded prefix.
+    """
+
+    budget: float
+    predicted: float | None
+    replayed: float
+
+    @classmethod
+    def parse(cls, document: Any) -> Self | None:
+        """What a header says; ValueError for what is no certificate."""
+        if document is None:
+            return None
+        budget, predicted, replayed = (document[name] for name in ("budget", "predicted", "replayed"))
+        numbers = [budget, replayed] if predicted is None else [budget, replayed, predicted]
+        if len(document) != 3 or not all(isinstance(n, float) and math.isfinite(n) and n >= 0 for n in numbers):  # noqa: PLR2004
+            raise ValueError("no certificate")
+        return cls(budget, predicted, replayed)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockHeader:
     """Everything a stored block says of itself. Equal headers render to equal bytes."""
 
@@ -61,6 +86,7 @@ class BlockHeader:
     lossy: bool
     model: str
     fields: tuple[TensorField, ...]
+    certificate: Certificate | None = None
 
     @property
     def data_bytes(self) -> int:
@@ -82,6 +108,7 @@ class BlockHeader:
 
     def _document(self) -> dict[str, Any]:
         kind = {"kind": "snapshot"} if self.key.is_snapshot else {}
+        certified = {"certificate": asdict(self.certificate)} if self.certificate else {}
         return {
             "format": FORMAT_VERSION,
             **kind,
@@ -94,6 +121,7 @@ class BlockHeader:
             "codec": self.codec,
             "lossy": self.lossy,
             "model": self.model,
+            **certified,
         }
 
     @classmethod
@@ -117,7 +145,7 @@ class BlockHeader:
             )  # fmt: skip
             fields = tuple(TensorField(n, f["dtype"], tuple(map(int, f["shape"]))) for n, f in header.items())
             parsed = cls(key, str(document["layout"]), dict(document["codec"]), bool(document["lossy"]),
-                         str(document["model"]), fields)  # fmt: skip
+                         str(document["model"]), fields, Certificate.parse(document.get("certificate")))  # fmt: skip
         except BlockError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

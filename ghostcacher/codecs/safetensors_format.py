@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -18,6 +19,7 @@ from ghostcacher.codecs.header import (
     VARIABLE,
     BlockHeader,
     Buffer,
+    Certificate,
     TensorField,
     blanked,
     check_digest,
@@ -32,6 +34,38 @@ _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items
 
 
 @dataclass(frozen=True, slots=True)
+class Coded:
+    """A block as it is stored: its header and the bytes of its tensors."""
+
+    header: BlockHeader
+    parts: tuple[Buffer, ...]
+
+    @classmethod
+    def parse(cls, blob: Buffer, key: BlockKey) -> Self:
+        """The stored block of ``key`` in ``blob``, verified but for its geometry, not decoded.
+
+        Raises:
+            BlockError: ``header``, ``version``, ``key_echo``, ``corrupt``, or ``geometry`` (of another length).
+        """
+        header, end = BlockHeader.parse(blob), header_bytes(blob)
+        if header.key != key:
+            raise BlockError("key_echo", "these are the bytes of another block")
+        if len(blob) != end + header.data_bytes or header.render() != blanked(memoryview(blob)[:end]):
+            raise BlockError("geometry", "not the header that its content gives")
+        check_digest(blob)
+        return cls(header, (memoryview(blob)[end:],))
+
+    @property
+    def blob(self) -> Sequence[Buffer]:
+        """Buffers to be written one after another."""
+        return [sealed(self.header.render(), self.parts), *self.parts]
+
+    def certified(self, certificate: Certificate) -> Coded:
+        """The same with a certificate."""
+        return Coded(replace(self.header, certificate=certificate), self.parts)
+
+
+@dataclass(frozen=True, slots=True)
 class CodecChain:
     """A tensor codec, then the safetensors serializer. ``find`` knows the codecs of blocks that are read."""
 
@@ -39,7 +73,11 @@ class CodecChain:
     find: Finder | None = field(default=None, compare=False)
 
     def encode(self, block: KVBlock, *, model: str = "") -> Sequence[Buffer]:
-        """The blob as buffers to be written one after another: header, then tensors. Does not change ``block``.
+        """The blob as buffers to be written one after another. Raises what `code` raises."""
+        return self.code(block, model=model).blob
+
+    def code(self, block: KVBlock, *, model: str = "") -> Coded:
+        """``block`` as it is stored. Does not change it.
 
         Raises:
             BlockError: ``nonfinite`` (see the codec) or ``geometry`` (the block is not of its own layout).
@@ -55,8 +93,7 @@ class CodecChain:
             block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,
             blob_fields(codec, block.layout, block.key, sizes),
         )  # fmt: skip
-        parts = [_bytes_of(tensors[field.name]) for field in header.fields]
-        return [sealed(header.render(), parts), *parts]
+        return Coded(header, tuple(_bytes_of(tensors[field.name]) for field in header.fields))
 
 
 def decode_blob(

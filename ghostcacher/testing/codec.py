@@ -8,7 +8,7 @@ import torch
 from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, TensorGroup, TensorSpec
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
 from ghostcacher.codecs.header import VARIABLE
-from ghostcacher.codecs.registry import codec_from, record_of
+from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.keys import Namespace, PrefixChain
 
@@ -30,9 +30,13 @@ def block(tokens: int = 128, *, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 class CodecContract:
-    """Subclass it and give a fixture ``codec``; set ``relative_error`` to the bound that a lossy codec states."""
+    """Subclass it and give a fixture ``codec``; set ``relative_error`` to the bound that a lossy codec states.
+
+    A codec that does not stand in the registry gives ``find`` too: what makes one from its record.
+    """
 
     relative_error = 0.0
+    find: Finder | None = None
 
     @pytest.mark.parametrize("tokens", [1, 16, 63, 64, 65, 128, 130])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -56,7 +60,7 @@ class CodecContract:
     def test_error_is_within_the_stated_bound(self, codec: TensorCodec, tokens: int, kind: str) -> None:
         for name in ("keys", "values"):
             given = group(name)
-            tensor = _input(kind, given.shape(tokens))
+            tensor = inputs(kind, given.shape(tokens))
             back = codec.decode(given, Piece(0, tokens), codec.encode(given, tensor, Piece(0, tokens)))
             if not codec.lossy:
                 assert torch.equal(back, tensor)
@@ -70,20 +74,21 @@ class CodecContract:
         assert torch.equal(tensor, kept)
 
     def test_its_record_builds_an_equal_codec(self, codec: TensorCodec) -> None:
-        assert codec_from(record_of(codec)) == codec
+        assert codec_from(record_of(codec), self.find) == codec
 
     @pytest.mark.parametrize("tokens", [5, 64, 100, 128])
     def test_a_block_survives_the_blob(self, codec: TensorCodec, tokens: int) -> None:
         given = block(tokens, dtype=torch.bfloat16)
         blob = b"".join(CodecChain(codec).encode(given))
-        back = decode_blob(bytearray(blob), given.key, given.layout)
+        back = decode_blob(bytearray(blob), given.key, given.layout, find=self.find)
         assert back.has_expected_shape()
         assert back.lossy == codec.lossy
         if not codec.lossy:
             assert all(torch.equal(a, b) for a, b in zip(back.tensors, given.tensors, strict=True))
 
 
-def _input(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+def inputs(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random, constant, zero, tiny or large values, or random ones with an outlying channel."""
     random = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     if kind == "outlier":
         random[..., 0] *= 1e3

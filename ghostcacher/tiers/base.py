@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from ghostcacher.blocks import KVBlock, KVLayout
-from ghostcacher.codecs.safetensors_format import CodecChain
+from ghostcacher.codecs.safetensors_format import CodecChain, Coded
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.stores.base import Blob
 
 Place = Callable[[KVBlock], None]
 """Takes one verified block, on any thread; blocks of one fetch never overlap.
@@ -68,18 +67,28 @@ class TierStats:
 
 
 class Offer:
-    """One block on its way into the tiers; encoded once per codec, when a tier first asks."""
+    """One block on its way into the tiers; encoded once per codec, when a tier first asks.
 
-    def __init__(self, block: KVBlock, model: str = "") -> None:
+    ``stored`` is how another tier holds it: what went through a lossy codec is passed on as it is, never coded again.
+    """
+
+    def __init__(self, block: KVBlock, model: str = "", stored: Coded | None = None) -> None:
         self.block = block
         self._model = model
-        self._blobs: dict[CodecChain, Blob] = {}
+        self._stored = stored
+        self._coded: dict[CodecChain, Coded] = {}
 
-    def blob(self, chain: CodecChain) -> Blob:
-        """The block encoded by ``chain``; raises what `CodecChain.encode` raises."""
-        if chain not in self._blobs:
-            self._blobs[chain] = chain.encode(self.block, model=self._model)
-        return self._blobs[chain]
+    def add(self, chain: CodecChain, coded: Coded) -> None:
+        """What `coded` shall answer for ``chain``."""
+        self._coded[chain] = coded
+
+    def coded(self, chain: CodecChain) -> Coded:
+        """The block encoded by ``chain``; raises what `CodecChain.code` raises."""
+        if self._stored is not None:
+            return self._stored
+        if chain not in self._coded:
+            self._coded[chain] = chain.code(self.block, model=self._model)
+        return self._coded[chain]
 
 
 class Tier(Protocol):
@@ -114,6 +123,14 @@ class Tier(Protocol):
 
     def offer(self, offer: Offer) -> bool:
         """Take a block, evicting others within the budget; False if it was not stored.
+
+        Raises:
+            StoreError: only in strict tiers.
+        """
+        ...
+
+    def stored(self, key: BlockKey, layout: KVLayout) -> Coded | None:
+        """A block as it lies here, verified but not decoded; None if it is not here, or held as tensors.
 
         Raises:
             StoreError: only in strict tiers.

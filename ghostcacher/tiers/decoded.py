@@ -89,6 +89,9 @@ class DecodedTier:
         self._counts.add("stored")
         return True
 
+    def stored(self, key: BlockKey, layout: KVLayout) -> None:
+        """See `Tier.stored`."""
+
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `Tier.touch`."""
         self.index.touch(key.digest for key in keys)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from ghostcacher.blocks import KVLayout
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
 from ghostcacher.codecs.registry import record_of
-from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.safetensors_format import CodecChain, Coded, decode_blob
 from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.events import CacheEvent, Observer
@@ -99,10 +99,11 @@ class EncodedTier:
         """See `Tier.offer`."""
         key = offer.block.key
         try:
-            blob = offer.blob(self.chain)
+            coded = offer.coded(self.chain)
         except BlockError as error:
             self._observe(CacheEvent("dropped", error.reason, self.name, key.length))
             return False
+        blob = coded.blob
         size_bytes = sum(len(part) for part in blob)
         is_written = False
         if key.is_snapshot and not self._has_share(key, size_bytes):
@@ -115,7 +116,7 @@ class EncodedTier:
             else:
                 self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
         if is_written:
-            self.remove(self.index.add(key, size_bytes, lossy=offer.block.lossy or self.chain.codec.lossy))
+            self.remove(self.index.add(key, size_bytes, lossy=coded.header.lossy))
             self._counts.add("stored")
             self._observe(CacheEvent("stored", "", self.name, key.length, size_bytes))
         return is_written
@@ -128,6 +129,15 @@ class EncodedTier:
         if gone:
             with self._errors_counted("delete"):
                 self._store.delete_many([key.store_key for key in gone], timeout_seconds=self._timeout_seconds)
+
+    def stored(self, key: BlockKey, layout: KVLayout) -> Coded | None:
+        """See `Tier.stored`."""
+        for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES):
+            try:
+                return Coded.parse(blob, key)
+            except BlockError as error:
+                self.reject(key.store_key, error.reason)
+        return None
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `Tier.touch`. In a directory the files' times are what other processes see of it."""

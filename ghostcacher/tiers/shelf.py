@@ -6,6 +6,7 @@ An asset lies under ``<TABLES>/<SHA-256 of its bytes>``, which of them a model's
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import threading
@@ -32,6 +33,7 @@ class Shelf:
         self._timeout_seconds = timeout_seconds
         self._tables: dict[str, Tables] = {}
         self._names: dict[str, str] = {}
+        self._spread: set[str] = set()
         self._missed: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -74,6 +76,17 @@ class Shelf:
         with self._lock:
             self._tables[tables.digest], self._names[weights] = tables, tables.digest
             self._missed.clear()
+
+    def spread(self, digest: object) -> None:
+        """Keep the tables named ``digest``, if that is a name, in every store that will take them."""
+        if not is_digest(digest) or digest in self._spread or (found := self.named(str(digest))) is None:
+            return
+        self._spread.add(found.digest)
+        key = f"{TABLES.hex}/{found.digest}"
+        for store in self._stores:
+            with contextlib.suppress(StoreError):
+                if not store.contains_many([key], timeout_seconds=self._timeout_seconds):
+                    store.put_many({key: [found.blob]}, timeout_seconds=self._timeout_seconds)
 
     def _read(self, name: str, limit_bytes: int) -> bytes | bytearray | memoryview | None:
         """From the first store that has it; not asked again soon if none does."""

@@ -183,7 +183,7 @@ class TierStack:
 
     def offer(self, block: KVBlock, *, model: str = "") -> bool:
         """Store one block now, in every tier that lacks it; whether any tier took it."""
-        offer = Offer(block, model)
+        offer = self._offered(block, model)
         taken = [tier.offer(offer) for tier in self.tiers if tier.wants(block.key, lossy=block.lossy)]
         return any(taken)
 
@@ -244,10 +244,18 @@ class TierStack:
         for key in keys:
             wanting = [tier for tier in held if tier.wants(key, lossy=False)]
             if wanting:
-                offer = Offer(self._decoded(key) or capture.block(key), model)
+                offer = self._offered(self._decoded(key) or capture.block(key), model)
                 for tier in wanting:
                     if tier.wants(key, lossy=offer.block.lossy):
                         tier.offer(offer)
+
+    def _offered(self, block: KVBlock, model: str) -> Offer:
+        """``block``, or if it is lossy and a tier holds it already coded, that: nothing is coded twice."""
+        holding = [tier for tier in self.tiers if block.lossy and block.key.digest in tier.index]
+        found = next((coded for tier in holding if (coded := tier.stored(block.key, block.layout)) is not None), None)
+        if found is not None:
+            self.shelf.spread(found.header.codec.get("tables"))
+        return Offer(block, model, found)
 
     def _decoded(self, key: BlockKey) -> KVBlock | None:
         found = (tier.get(key) for tier in self.tiers if isinstance(tier, DecodedTier))

@@ -5,21 +5,26 @@ from __future__ import annotations
 import uuid
 
 import pytest
+import torch
 
+from ghostcacher.blocks import Rotation
+from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.bf16 import Bf16Codec
 from ghostcacher.codecs.bnb import BnbFp4Codec, BnbInt8Codec, BnbNf4Codec
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.safetensors_format import CodecChain
-from ghostcacher.errors import StoreError
+from ghostcacher.codecs.tables import Table, Tables
+from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
-from ghostcacher.testing.codec import CodecContract
+from ghostcacher.testing.codec import CodecContract, group, inputs
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.policy import PolicyContract
 from ghostcacher.testing.store import SECONDS, StoreContract, key
@@ -166,6 +171,35 @@ class TestEntropyCodecOfPairs(CodecContract):
     @pytest.fixture
     def codec(self):
         return EntropyCodec.of(1.0, [1.0, 0.1, 0.01], interleaved=True)
+
+
+class TestKvtCodec(CodecContract):
+    """Its step is absolute: the bound does not follow the input, and what is far beyond it is refused."""
+
+    @pytest.fixture
+    def codec(self):
+        def table():
+            basis = torch.linalg.qr(torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)))[0]
+            return Table(torch.zeros(3, 32), basis.bfloat16(), torch.ones(3, 32))
+
+        tables = Tables({"keys": table(), "values": table()}, Rotation((1.0, 0.1, 0.01)), ())
+        codec = KvtCodec(0.25, tables)
+        self.find = lambda name: (lambda **_: codec) if name == "kvt" else None
+        return codec
+
+    @pytest.mark.parametrize("tokens", [1, 64, 128, 130])
+    @pytest.mark.parametrize("kind", ["random", "constant", "zero", "tiny", "large", "outlier"])
+    def test_error_is_within_the_stated_bound(self, codec, tokens, kind):
+        for name in ("keys", "values"):
+            given, piece = group(name), Piece(64, tokens)
+            tensor = inputs(kind, given.shape(tokens))
+            if kind == "large" and tokens >= 64:
+                with pytest.raises(BlockError, match="nonfinite"):
+                    codec.encode(given, tensor, piece)
+                continue
+            back = codec.decode(given, piece, codec.encode(given, tensor, piece))
+            reach = codec.tables.groups[name].reach
+            assert (back - tensor).abs().max() <= 0.25 * reach * 2**0.5 + 1e-5 * tensor.abs().max()
 
 
 class TestLeastRecentlyUsed(PolicyContract):

@@ -81,6 +81,44 @@ def test_a_codec_for_each_tier(models, generate, tmp_path):
     assert tiers["remote"].size_bytes < tiers["memory"].size_bytes < tiers["disk"].size_bytes
 
 
+def test_what_is_lossy_is_passed_on_as_it_is_and_never_coded_twice(models, generate, tmp_path):
+    model = models("llama")
+    far = {"memory": None, "block_tokens": 64, "remote": f"file://{tmp_path}/far", "remote_codec": "ec(0.5)"}
+    with ghostcacher.open_store(disk=None, **far) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+    with ghostcacher.open_store(tmp_path / "near", disk="1GiB:int8", **far) as store:
+        cache = GhostCache(model, store)
+        generate(model, PROMPT, cache, new=1)
+        del cache
+        store.flush()
+        near = {name.name: name.read_bytes() for name in (tmp_path / "near").rglob("*.safetensors")}
+        again = GhostCache(model, store)
+        generate(model, PROMPT, again, new=1)
+    away = {name.name: name.read_bytes() for name in (tmp_path / "far").rglob("*.safetensors")}
+    shared = near.keys() & away.keys()
+    assert len(shared) >= 3
+    assert all(near[name] == away[name] for name in shared)
+    assert all(b"ec" in near[name][:4096] for name in shared)
+    assert (again.report.tier, again.report.lossy) == ("disk", True)
+
+
+def test_a_turn_computed_on_a_lossy_prefix_is_coded_once_with_the_tiers_codec(models, generate, tmp_path):
+    model, longer = models("llama"), torch.cat([PROMPT, random_prompt(64, seed=5)], dim=1)
+    far = {"memory": None, "block_tokens": 64, "remote": f"file://{tmp_path}/far", "remote_codec": "ec(0.5)"}
+    with ghostcacher.open_store(disk=None, **far) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+    with ghostcacher.open_store(tmp_path / "near", disk="1GiB:int8", **far) as store:
+        cache = GhostCache(model, store)
+        generate(model, longer, cache, new=1)
+        assert cache.report.lossy
+        del cache
+        store.flush()
+        codecs = [name.read_bytes()[:4096] for name in (tmp_path / "near").rglob("*.safetensors")]
+    assert sum(b'\\"name\\":\\"ec\\"' in head for head in codecs) == 3
+    assert sum(b'\\"name\\":\\"int8\\"' in head for head in codecs) == 2
+    assert all(b'\\"lossy\\":true' in head for head in codecs)
+
+
 def test_a_store_of_exact_tiers_is_exact(models, generate, tmp_path):
     model = models("llama")
     with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:

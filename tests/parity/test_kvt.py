@@ -46,7 +46,7 @@ def calibrated(learned, tmp_path):
 def test_gradients_change_neither_model_nor_random_state(learned):
     model = tiny_model("llama")
     model.train()
-    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.requires_grad = False
     state, weights = torch.get_rng_state(), [weight.clone() for weight in model.parameters()]
     told = []
     calibrate(model, TEXTS, progress=told.append, **SIZES)

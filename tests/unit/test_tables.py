@@ -59,12 +59,12 @@ def test_forged_assets_under_their_own_name_are_refused_or_sound(data):
     for _ in range(data.draw(st.integers(1, 6))):
         blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
     name = hashlib.sha256(blob).hexdigest()
+    reason = read = None
     try:
         read = Tables.parse(bytes(blob), name)
     except BlockError as error:
-        assert error.reason == "tables"
-        return
-    assert all(bool(torch.isfinite(table.basis).all()) for table in read.groups.values())
+        reason = error.reason
+    assert reason == "tables" or all(bool(torch.isfinite(table.basis).all()) for table in read.groups.values())
 
 
 @pytest.mark.parametrize(
