@@ -46,6 +46,7 @@ class StoreConfig:
         remote: str | None,
         codec: str,
         remote_codec: str | None = None,
+        quality: float | None = None,
         block_tokens: int,
         salt: str | None,
         strict: bool,
@@ -58,6 +59,10 @@ class StoreConfig:
         Raises:
             ConfigurationError: a size, block size or timeout is malformed or out of its range.
         """
+        if quality is not None:
+            if codec != "raw":
+                raise ConfigurationError(f"codec={codec!r} and quality={quality!r}: give one of the two")
+            codec = f"quality({quality!r})"
         memory_size, memory_codec = _with_codec(memory, "raw")
         disk_size, disk_codec = _with_codec(disk, codec)
         return cls(

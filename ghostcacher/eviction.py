@@ -15,12 +15,13 @@ from ghostcacher.keys import BlockKey
 
 @dataclass(slots=True)
 class Entry:
-    """What an index knows of one block: sizes in bytes, times in seconds since the epoch."""
+    """What an index knows of one block: sizes in bytes, times in seconds since the epoch, KL in nats a token."""
 
     key: BlockKey
     size_bytes: int
     used_at_seconds: float
     lossy: bool = False
+    kl: float | None = None
     children: int = 0
     pins: int = 0
 

@@ -50,14 +50,18 @@ class PrefixIndex:
             return list(self._entries.values())
 
     def add(
-        self, key: BlockKey, size_bytes: int, *, lossy: bool = False, used_at_seconds: float | None = None
-    ) -> list[BlockKey]:
-        """Note a block; returns the shorter tail blocks that it makes superfluous, which stay until removed."""
+        self, key: BlockKey, size_bytes: int, *, lossy: bool = False, used_at_seconds: float | None = None,
+        kl: float | None = None,
+    ) -> list[BlockKey]:  # fmt: skip
+        """Note a block; returns the shorter tail blocks that it makes superfluous, which stay until removed.
+
+        ``kl`` is the one that its certificate says was replayed.
+        """
         with self._lock:
             self._forget(key.digest)
             used = self._clock() if used_at_seconds is None else used_at_seconds
             children = sum(len(run) for run in self._children.get(key.digest, {}).values())
-            self._entries[key.digest] = Entry(key, size_bytes, used, lossy=lossy, children=children)
+            self._entries[key.digest] = Entry(key, size_bytes, used, lossy, kl, children)
             self.size_bytes += size_bytes
             if key.is_snapshot:
                 self._snapshots[key.namespace] += size_bytes

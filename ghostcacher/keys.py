@@ -201,6 +201,11 @@ class PrefixChain:
         """Token ids ``start`` to ``end``, packed."""
         return self.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES]
 
+    def cut(self, tokens: int) -> PrefixChain:
+        """The chain of the first ``tokens`` tokens."""
+        keys = tuple(self.block(index) for index in range(tokens // self.block_tokens))
+        return PrefixChain(self.namespace, self.run(0, tokens), self.block_tokens, keys)
+
     def extended(self, token_ids: Sequence[int]) -> PrefixChain:
         """A chain that goes on with ``token_ids``; whole-block keys known here are not computed again."""
         tokens = self.tokens + pack_tokens(token_ids)

@@ -105,6 +105,8 @@ class Path:
             session.storable_columns = self._storable_columns(session, rows)
             session.known_columns = self.shared_columns
             session.is_current = self._currency(rows)
+            is_replayable = session.store.has_budget and not self.call.media and self.shared_columns is None
+            session.guard = self.adapter.guard(self.module) if is_replayable else None
             session.last_positions = last_positions(self.call.arguments.get("position_ids"))
             self._expect(session, rows, is_lossy=is_lossy)
             columns = self._run_pieces(session, rows, served.columns, base=0)

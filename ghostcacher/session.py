@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.positions import follow, last_positions
 from ghostcacher.adapters.state import CacheState, Held, Snapshot
 from ghostcacher.blocks import KVLayout
@@ -40,7 +41,7 @@ class Session:
     later ones were computed with adapters that set in there. ``snapshots`` are copies by column that wait to be
     stored, ``wanted_columns`` is where more are wanted. ``last_positions`` are the positions of the last column, and
     ``follows`` is whether those of later steps went on from them: a scalar on their device. ``is_current`` asks whether
-    the model still is what it was when the prompt began.
+    the model still is what it was when the prompt began. ``guard`` runs it again, for tiers that have a budget.
     """
 
     store: TierStack
@@ -61,6 +62,7 @@ class Session:
     last_positions: torch.Tensor | None = None
     follows: torch.Tensor | None = None
     is_current: Callable[[], bool] = _always
+    guard: Guard | None = None
     expected: Expected | None = None
     is_running_pieces: bool = False
 
@@ -209,7 +211,7 @@ class Session:
         return RowCapture.of(
             held, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
             first_token=max(0, self.stored_columns - row.pads), snapshots=self.snapshots, lossy_from=self.lossy_from,
-            trims_repeats=trims_repeats, follows=self.follows,
+            trims_repeats=trims_repeats, follows=self.follows, guard=self.guard,
         )  # fmt: skip
 
 
@@ -227,6 +229,4 @@ def _shared(old: Row, new: Row) -> int:
 
 
 def _cut(chain: PrefixChain, tokens: int) -> PrefixChain:
-    kept = max(0, tokens)
-    keys = tuple(chain.block(index) for index in range(kept // chain.block_tokens))
-    return PrefixChain(chain.namespace, chain.run(0, kept), chain.block_tokens, keys)
+    return chain.cut(max(0, tokens))

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from ghostcacher.adapters import table
+from ghostcacher.adapters import offload, table
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.certify import certify, pads_change_rows
 from ghostcacher.adapters.fingerprint import Weights, WeightsFingerprint
+from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, text_config
 from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
@@ -132,6 +133,16 @@ class ModelAdapter:
     def has_states(self) -> bool:
         """Whether any layer has state that is valid at one length only."""
         return self.shape is not None and bool(self.shape.layout.snapshot_groups)
+
+    def guard(self, module: Any) -> Guard | None:
+        """What runs ``module`` again beside others who use it; None if its forward changes anything but the cache.
+
+        Dynamic rope writes its frequencies, models with images their offsets, accelerate moves offloaded weights.
+        """
+        is_plain = not (self.has_states or self.rope or self.takes_images or self.goes_one_at_a_time)
+        if self.shape is None or not is_plain or self.tokens_left > 1 or offload.is_offloaded(module):
+            return None
+        return Guard(module, self.shape)
 
     def storable_columns(self, tokens: int, pads: int) -> int | None:
         """Up to which column the state of a prompt of ``tokens`` tokens may be stored; None: everywhere.

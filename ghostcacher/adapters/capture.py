@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.state import Held, Snapshot
 from ghostcacher.blocks import KVBlock, KVLayout, TensorGroup
 from ghostcacher.keys import BlockKey, PrefixChain
@@ -52,12 +53,14 @@ class RowCapture:
     lossy_from: int | None = None
     trims_repeats: bool = False
     follows: torch.Tensor | None = None
+    guard: Guard | None = None
 
     @classmethod
     def of(
         cls, held: Sequence[Held], layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
         tokens: int, *, first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None,
         lossy_from: int | None = None, trims_repeats: bool = False, follows: torch.Tensor | None = None,
+        guard: Guard | None = None,
     ) -> RowCapture:  # fmt: skip
         """``tokens`` tokens of row ``number`` of what the layers hold, with ``snapshots`` of all rows by column."""
         runs = tuple(
@@ -68,7 +71,9 @@ class RowCapture:
             column - row.pads: _of_row(snapshot, layout, number)
             for column, snapshot in (snapshots or {}).items() if column > row.pads
         }  # fmt: skip
-        return cls(row.chain, noted, layout, runs, tokens, first_token, taken, lossy_from, trims_repeats, follows)
+        return cls(
+            row.chain, noted, layout, runs, tokens, first_token, taken, lossy_from, trims_repeats, follows, guard
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -76,20 +81,31 @@ class RowCapture:
         snapshot_bytes = sum(t.numel() * t.element_size() for s in self.snapshots.values() for g in s for t in g)
         return max(0, self.tokens - self.first_token) * self.layout.token_bytes() + snapshot_bytes
 
+    def chain(self) -> PrefixChain:
+        """See `Capture.chain`."""
+        if not self.noted:
+            return self._held(self.begun)
+        ids = torch.cat([ids.reshape(-1) for ids in self.noted]).tolist()
+        return self._held(self.begun.extended(_without_repeats(ids) if self.trims_repeats else ids))
+
+    def _held(self, chain: PrefixChain) -> PrefixChain:
+        return chain if len(chain) <= self.tokens else chain.cut(self.tokens)
+
     def keys(self) -> Sequence[BlockKey]:
         """See `Capture.keys`. Reads the decoded token ids, and whether they stand where they were counted."""
         if self.follows is not None and not bool(self.follows):
             return []
-        chain = self.begun
-        if self.noted:
-            ids = torch.cat([ids.reshape(-1) for ids in self.noted]).tolist()
-            chain = chain.extended(_without_repeats(ids) if self.trims_repeats else ids)
-        held_from = max((run.start for group in self.runs for run in group), default=0)
-        end = min(self.tokens, len(chain))
+        chain = self.chain()
+        end = len(chain)
         blocks = list(chain.covering(self.first_token, end))
-        if blocks and blocks[0].start < held_from:
+        if blocks and blocks[0].start < self.held_from:
             return []  # a window has passed what would have to come first
         return blocks + [chain.snapshot(length) for length in sorted(self.snapshots) if length <= end]
+
+    @property
+    def held_from(self) -> int:
+        """See `Capture.held_from`."""
+        return max((run.start for group in self.runs for run in group), default=0)
 
     def block(self, key: BlockKey) -> KVBlock:
         """See `Capture.block`."""

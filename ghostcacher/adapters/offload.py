@@ -37,6 +37,11 @@ def read(part: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether any weight of ``module`` lies elsewhere between forwards."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
 def _weights_map(part: Any) -> Mapping[str, torch.Tensor] | None:
     hook = getattr(part, "_hf_hook", None)
     for each in (hook, *getattr(hook, "hooks", ())):

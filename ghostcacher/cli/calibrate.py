@@ -39,7 +39,7 @@ def calibrate(
     from ghostcacher.research import SCORED_TOKENS, calibrate, steps_of
     from ghostcacher.tiers.opening import open_store
 
-    sources = _read(text) if text else _built_in()
+    sources = _read(text) if text else built_in()
     loaded = load(model, dtype=dtype)
     length = prefix_tokens + SCORED_TOKENS
     windows = [window for source in sources if (window := _window(loaded.tokenizer, source, length)) is not None]
@@ -65,7 +65,7 @@ def _read(paths: list[Path]) -> list[str]:
         fail(f"cannot read a text: {error}")
 
 
-def _built_in() -> list[str]:
+def built_in() -> list[str]:
     """Prose and code that every Python installation has, in six windows of different kinds."""
     import inspect
     import tarfile

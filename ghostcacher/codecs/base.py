@@ -42,8 +42,8 @@ class Piece:
         return cls(0 if key.is_snapshot else key.start, sizing_tokens(key))
 
 
-class TensorCodec(Protocol):
-    """Tensor to tensors, exact or lossy. A codec is a frozen dataclass; what it was is written beside the bytes."""
+class Codec(Protocol):
+    """What a tier is told to code with."""
 
     name: ClassVar[str]
     lossy: ClassVar[bool]
@@ -55,6 +55,10 @@ class TensorCodec(Protocol):
     def for_layout(self, layout: KVLayout) -> TensorCodec:
         """The codec as it codes blocks of ``layout``: what it takes from there is among its parameters."""
         ...
+
+
+class TensorCodec(Codec, Protocol):
+    """Tensor to tensors, exact or lossy. A codec is a frozen dataclass; what it was is written beside the bytes."""
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
         """Names, dtypes and shapes that `encode` gives for a block of ``piece``.

@@ -161,8 +161,8 @@ class BlockHeader:
 
 def spoken(record: Mapping[str, Any]) -> str:
     """What ``open_store(codec=…)`` takes for the codec that a header records: ``"ec(0.25)"``."""
-    name, c = str(record.get("name", "?")), record.get("c")
-    return f"{name}({c:g})" if isinstance(c, int | float) else name
+    name, number = str(record.get("name", "?")), record.get("c", record.get("kl"))
+    return f"{name}({number:g})" if isinstance(number, int | float) else name
 
 
 def header_bytes(blob: Buffer) -> int:

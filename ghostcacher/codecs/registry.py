@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ghostcacher.codecs.base import TensorCodec
+from ghostcacher.codecs.base import Codec, TensorCodec
 from ghostcacher.codecs.bf16 import Bf16Codec
 from ghostcacher.codecs.bnb import BnbFp4Codec, BnbInt8Codec, BnbNf4Codec
 from ghostcacher.codecs.ec import EntropyCodec
@@ -16,22 +16,23 @@ from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.planes import PlaneCodec
+from ghostcacher.codecs.quality import QualityCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.errors import ConfigurationError
 
-Factory = Callable[..., TensorCodec]
+Factory = Callable[..., Any]
 Finder = Callable[[str], Factory | None]
 
 ENTRY_POINTS = "ghostcacher.codecs"
 CODECS: Mapping[str, Factory] = {
     "bf16": Bf16Codec, "ec": EntropyCodec.of, "int4": Int4Codec, "int8": Int8Codec, "kvt": KvtCodec.of,
-    "raw": RawCodec, "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of, "bnb_nf4": BnbNf4Codec.of,
-    "bnb_fp4": BnbFp4Codec.of,
+    "quality": QualityCodec.of, "raw": RawCodec, "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of,
+    "bnb_nf4": BnbNf4Codec.of, "bnb_fp4": BnbFp4Codec.of,
 }  # fmt: skip
 _SPOKEN = re.compile(r"(?P<name>[a-z0-9_.]+)(?:\((?P<number>[0-9.eE+-]+)\))?")
 
 
-def codec_named(text: str, find: Finder | None = None) -> TensorCodec:
+def codec_named(text: str, find: Finder | None = None) -> Any:
     """The codec that ``text`` stands for: a name, and for some a number, such as ``"ec(0.25)"``.
 
     ``find`` is asked in place of `factory_of`.
@@ -67,9 +68,10 @@ def codec_from(record: Mapping[str, Any], find: Finder | None = None) -> TensorC
     if make is None:
         raise ConfigurationError(f"codec {name!r} is unknown to this version")
     try:
-        return make(**parameters)
+        codec: TensorCodec = make(**parameters)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"codec {name!r} does not take these parameters") from error
+    return codec
 
 
 def factory_of(name: str) -> Factory | None:
@@ -94,6 +96,6 @@ def offered() -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
 
-def record_of(codec: TensorCodec) -> dict[str, Any]:
+def record_of(codec: Codec) -> dict[str, Any]:
     """The inverse of `codec_from`."""
     return {"name": codec.name, **codec.parameters()}

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, TensorCodec, fresh
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Codec, Piece, Room, TensorCodec, fresh
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
     VARIABLE,
@@ -69,7 +69,7 @@ class Coded:
 class CodecChain:
     """A tensor codec, then the safetensors serializer. ``find`` knows the codecs of blocks that are read."""
 
-    codec: TensorCodec
+    codec: Codec
     find: Finder | None = field(default=None, compare=False)
 
     def encode(self, block: KVBlock, *, model: str = "") -> Sequence[Buffer]:

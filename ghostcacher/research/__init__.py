@@ -7,5 +7,17 @@ print(evaluate(model, "int4", texts))  # texts: token ids, one tensor [1, tokens
 from ghostcacher.research.calibrate import calibrate, steps_of
 from ghostcacher.research.evaluate import PREFIX_TOKENS, SCORED_TOKENS, Measure, evaluate
 from ghostcacher.research.ladder import LADDER, sweep
+from ghostcacher.research.turns import Turns, turns
 
-__all__ = ["LADDER", "PREFIX_TOKENS", "SCORED_TOKENS", "Measure", "calibrate", "evaluate", "steps_of", "sweep"]
+__all__ = [
+    "LADDER",
+    "PREFIX_TOKENS",
+    "SCORED_TOKENS",
+    "Measure",
+    "Turns",
+    "calibrate",
+    "evaluate",
+    "steps_of",
+    "sweep",
+    "turns",
+]

@@ -15,6 +15,7 @@ from ghostcacher.blocks import KVBlock, KVLayout, LayerSpec, TensorGroup
 from ghostcacher.codecs.base import Piece, TensorCodec
 from ghostcacher.codecs.header import header_bytes, spoken
 from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs.quality import divergence
 from ghostcacher.codecs.registry import CODECS, Finder, codec_named, factory_of, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.research.replay import Replay
@@ -94,23 +95,23 @@ def evaluate(
 
 def _score(replay: Replay, codec: TensorCodec) -> tuple[float, float, float, float, float]:
     """Bits, bits of headers, and `quality`."""
-    chain = CodecChain(codec)
-    find = _finder(codec)
-    blobs = [b"".join(chain.encode(block)) for block in replay.blocks]
-    decoded = tuple(
-        decode_blob(bytearray(blob), block.key, block.layout, find=find)
-        for blob, block in zip(blobs, replay.blocks, strict=True)
-    )
+    blobs, decoded = zip(*(coded(block, codec) for block in replay.blocks), strict=True)
     values = sum(tensor.numel() for block in replay.blocks for tensor in block.tensors)
     header = sum(header_bytes(blob) for blob in blobs)
     bits, header_bits = (sum(map(len, blobs)) - header) * 8 / values, header * 8 / values
     return bits, header_bits, *quality(replay, replay.again(decoded))
 
 
+def coded(block: KVBlock, codec: TensorCodec) -> tuple[bytes, KVBlock]:
+    """A block as ``codec`` stores it, and as it comes back."""
+    blob = b"".join(CodecChain(codec).encode(block))
+    return blob, decode_blob(bytearray(blob), block.key, block.layout, find=_finder(codec))
+
+
 def quality(replay: Replay, logits: torch.Tensor) -> tuple[float, float, float]:
     """KL, top-1 agreement and relative change of perplexity of ``logits`` ``[tokens, vocabulary]`` for the rest."""
     exact, coded = replay.logits.log_softmax(-1).double(), logits.log_softmax(-1).double()
-    kl = float((exact.exp() * (exact - coded)).sum(-1).mean())
+    kl = divergence(replay.logits, logits)
     top1 = float((exact.argmax(-1) == coded.argmax(-1)).double().mean())
     following = replay.rest[0, 1:, None].cpu()
     losses = [-each[:-1].gather(-1, following).mean() for each in (exact, coded)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from ghostcacher.adapters.base import base_module
-from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.guard import ReplayCache, logits_after
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape, input_device, shape_of
 from ghostcacher.blocks import KVBlock
@@ -48,49 +49,44 @@ class Replay:
         module = base_module(model)
         shape = shape_of(module)
         text = text.to(input_device(module))
-        cache = _cache(module, shape)
-        _logits(module, text[:, :prefix_tokens], cache)
-        state = shape.state_of(cache.layers)
-        taken = {prefix_tokens: found} if (found := state.snapshot() if state.has_states else None) is not None else {}
+        cache = ReplayCache(module, shape)
+        logits_after(module, text[:, :prefix_tokens], cache)
         chain = PrefixChain.of(text[0, :prefix_tokens].tolist(), Namespace(bytes(32)), block_tokens)
-        capture = RowCapture.of(state.frozen(), shape.layout, 0, Row(0, chain), (), prefix_tokens, snapshots=taken)
-        blocks = tuple(_own(capture.block(key)) for key in list(capture.keys()))
+        blocks = taken(shape, cache, chain)
         rest = text[:, prefix_tokens:]
-        return cls(module, shape, blocks, text[:, :prefix_tokens], rest, _logits(module, rest, cache))
+        return cls(module, shape, blocks, text[:, :prefix_tokens], rest, logits_after(module, rest, cache))
 
     def again(self, blocks: tuple[KVBlock, ...]) -> torch.Tensor:
         """Logits of the rest ``[tokens, vocabulary]`` with these blocks in place of the computed ones."""
-        cache = _cache(self.module, self.shape)
-        end = max(block.key.end for block in blocks)
-        landing = Landing(self.shape.state_of(cache.layers), self.shape, 1, 0, end + self.rest.shape[1])
-        landing.expect([Candidate(block.key, block.key.length) for block in blocks], (0,), 0)
-        for block in blocks:
-            landing.place(block)
-        landing.commit(end)
-        return _logits(self.module, self.rest, cache)
+        return logits_after(self.module, self.rest, filled(self.module, self.shape, blocks, self.rest.shape[1]))
 
     def through(self, cache: Cache) -> torch.Tensor:
         """Logits of the rest ``[tokens, vocabulary]`` after the prefix went through an empty ``cache`` of any kind."""
-        _logits(self.module, self.prefix, cache)
-        return _logits(self.module, self.rest, cache)
+        logits_after(self.module, self.prefix, cache)
+        return logits_after(self.module, self.rest, cache)
 
 
 def _own(block: KVBlock) -> KVBlock:
     return KVBlock(block.key, block.layout, tuple(tensor.clone() for tensor in block.tensors))
 
 
-def _cache(module: Any, shape: Shape) -> DynamicCache:
-    cache = DynamicCache(config=module.config)
-    cache.layers[:] = shape.blank()
+def filled(module: Any, shape: Shape, blocks: Sequence[KVBlock], more_tokens: int) -> ReplayCache:
+    """A cache that holds ``blocks``, the whole front of a text, with room for ``more_tokens``."""
+    cache, end = ReplayCache(module, shape), max(block.key.end for block in blocks)
+    landing = Landing(shape.state_of(cache.layers), shape, 1, 0, end + more_tokens)
+    landing.expect([Candidate(block.key, block.key.length) for block in blocks], (0,), 0)
+    for block in blocks:
+        landing.place(block)
+    landing.commit(end)
     return cache
 
 
-def _logits(module: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    reader = CallReader(module)
-    begin = int(cache.get_seq_length())
-    given = {reader.cache_name: cache, "use_cache": True, "return_dict": True}
-    if reader.takes_positions:
-        given["position_ids"] = torch.arange(begin, begin + ids.shape[1], device=ids.device)[None]
-    with torch.inference_mode():
-        logits: torch.Tensor = module(ids, **given).logits[0]
-    return logits.float().cpu()
+def taken(shape: Shape, cache: ReplayCache, chain: PrefixChain, first_token: int = 0) -> tuple[KVBlock, ...]:
+    """The blocks of ``chain`` from ``first_token`` on, and the snapshot at its end, from a cache that holds it."""
+    state = shape.state_of(cache.layers)
+    found = state.snapshot() if state.has_states else None
+    snapshots = {len(chain): found} if found is not None else {}
+    capture = RowCapture.of(
+        state.frozen(), shape.layout, 0, Row(0, chain), (), len(chain), first_token=first_token, snapshots=snapshots
+    )
+    return tuple(_own(capture.block(key)) for key in list(capture.keys()))

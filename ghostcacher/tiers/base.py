@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
@@ -39,7 +40,10 @@ def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> 
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far)."""
+    """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far).
+
+    ``kl_median`` and ``kl_most`` are over the ``certified`` blocks: the KL that was replayed when they were stored.
+    """
 
     name: str
     blocks: int
@@ -55,6 +59,9 @@ class TierStats:
     snapshots: int = 0
     snapshot_bytes: int = 0
     tokens: int = 0
+    certified: int = 0
+    kl_median: float | None = None
+    kl_most: float | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -159,3 +166,9 @@ def content_counts(index: PrefixIndex) -> tuple[int, int, int]:
     keys = [entry.key for entry in index.entries()]
     tokens = sum(key.length for key in keys if not key.is_snapshot)
     return sum(key.is_snapshot for key in keys), index.snapshot_bytes(), tokens
+
+
+def certified_counts(index: PrefixIndex) -> tuple[int, float | None, float | None]:
+    """How many blocks of ``index`` have a certificate, and the median and the largest KL of those."""
+    found = [entry.kl for entry in index.entries() if entry.kl is not None]
+    return len(found), statistics.median(found) if found else None, max(found, default=None)

@@ -97,7 +97,10 @@ class ListingCatalog:
         if header.key.store_key != entry.key:
             self._reject(entry.key, "key_echo")
         else:
-            index.add(header.key, entry.size_bytes, lossy=header.lossy, used_at_seconds=entry.modified_seconds)
+            index.add(
+                header.key, entry.size_bytes, lossy=header.lossy, used_at_seconds=entry.modified_seconds,
+                kl=header.certificate.replayed if header.certificate else None,
+            )  # fmt: skip
 
     @staticmethod
     def _drop(keys: Iterable[str], index: PrefixIndex) -> None:

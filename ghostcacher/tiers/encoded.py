@@ -25,6 +25,7 @@ from ghostcacher.tiers.base import (
     Place,
     Spread,
     TierStats,
+    certified_counts,
     content_counts,
     one_by_one,
 )
@@ -116,7 +117,9 @@ class EncodedTier:
             else:
                 self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
         if is_written:
-            self.remove(self.index.add(key, size_bytes, lossy=coded.header.lossy))
+            header = coded.header
+            kl = header.certificate.replayed if header.certificate else None
+            self.remove(self.index.add(key, size_bytes, lossy=header.lossy, kl=kl))
             self._counts.add("stored")
             self._observe(CacheEvent("stored", "", self.name, key.length, size_bytes))
         return is_written
@@ -166,6 +169,7 @@ class EncodedTier:
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
             c["evicted"], c["rejected"], c["errors"], name, codec.lossy, *content_counts(self.index),
+            *certified_counts(self.index),
         )  # fmt: skip
 
     def _read(self, batch: Sequence[BlockKey], limit_bytes: int) -> Iterator[tuple[BlockKey, Buffer]]:

@@ -42,6 +42,7 @@ def open_store(
     remote: str | None = None,
     codec: str = "raw",
     remote_codec: str | None = None,
+    quality: float | None = None,
     block_tokens: int = 128,
     salt: str | None = None,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
@@ -61,6 +62,9 @@ def open_store(
             ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are. ``"kvt(0.35)"`` is the
             smallest, and needs ``ghostcacher calibrate`` once for each model.
         remote_codec: of the remote tier, if another.
+        quality: in place of ``codec``: what a stored prefix may cost, in nats a token, such as 0.001 (running in bf16
+            costs as much). The codec follows; each prompt's last tokens are run again on what was coded, behind
+            ``generate``, and what does not keep the budget is stored finer.
         block_tokens: tokens in a block, 16 to 4096.
         salt: isolates tenants: other salts never see these blocks, in any tier.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
@@ -72,7 +76,7 @@ def open_store(
     """
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
-        remote_codec=remote_codec, block_tokens=block_tokens, salt=salt, strict=strict,
+        remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs.quality import QualityCodec
 from ghostcacher.codecs.registry import Factory, factory_of
 from ghostcacher.codecs.tables import Tables, is_digest
 from ghostcacher.errors import BlockError, StoreError
@@ -39,7 +40,9 @@ class Shelf:
 
     def find(self, name: str) -> Factory | None:
         """See `factory_of`: makes codecs that look here for their tables."""
-        return functools.partial(KvtCodec.of, source=self) if name == KvtCodec.name else factory_of(name)
+        factory = factory_of(name)
+        needs_tables = name in {KvtCodec.name, QualityCodec.name}
+        return functools.partial(factory, source=self) if factory is not None and needs_tables else factory
 
     def of_model(self, weights: str) -> Tables | None:
         """See `TablesSource.of_model`."""

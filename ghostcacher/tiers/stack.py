@@ -6,16 +6,20 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeGuard
 
 from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.codecs.quality import QualityCodec
+from ghostcacher.codecs.safetensors_format import Coded
 from ghostcacher.config import StoreConfig
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
+from ghostcacher.tiers.certifying import Replayable, certify
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
+from ghostcacher.tiers.encoded import EncodedTier
 from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.shelf import Shelf
 from ghostcacher.tiers.writer import Job, Writer
@@ -24,7 +28,7 @@ PENDING_WAIT_SECONDS = 0.5
 _LIKENESS_TOKENS = 16
 
 
-class Capture(Protocol):
+class Capture(Replayable, Protocol):
     """State of a model's cache that may be stored: read later, on the writer's thread."""
 
     @property
@@ -39,10 +43,6 @@ class Capture(Protocol):
 
     def keys(self) -> Sequence[BlockKey]:
         """Keys of the blocks to store, parents first."""
-        ...
-
-    def block(self, key: BlockKey) -> KVBlock:
-        """A copy of the state of one of `keys`, sharing no memory with the model's cache."""
         ...
 
 
@@ -93,6 +93,7 @@ class TierStack:
         self.shelf = shelf
         self._writer = writer
         self._readers = readers
+        self.has_budget = any(map(_has_budget, tiers))
         self._exact_only = not any(tier.is_lossy for tier in tiers)
         self._counts = Counts()
         self._pending: list[Capture] = []
@@ -241,13 +242,32 @@ class TierStack:
 
     def _store_in(self, tiers: Iterable[Tier], capture: Capture, keys: Sequence[BlockKey], model: str) -> None:
         held = list(tiers)
+        certified = [(tier.chain, self._certified(tier, capture, keys, model)) for tier in held if _has_budget(tier)]
         for key in keys:
             wanting = [tier for tier in held if tier.wants(key, lossy=False)]
             if wanting:
                 offer = self._offered(self._decoded(key) or capture.block(key), model)
+                for chain, coded in certified:
+                    if key.digest in coded:
+                        offer.add(chain, coded[key.digest])
                 for tier in wanting:
                     if tier.wants(key, lossy=offer.block.lossy):
                         tier.offer(offer)
+
+    def _certified(
+        self, tier: EncodedTier, capture: Capture, keys: Sequence[BlockKey], model: str
+    ) -> Mapping[bytes, Coded]:
+        """What of ``keys`` the tier lacks, coded within its budget."""
+        wanted = [key for key in keys if tier.wants(key, lossy=False) and not self._is_coded(key)]
+        try:
+            return certify(tier, capture, wanted, model)
+        except Exception as error:  # noqa: BLE001 (the model's own: what cannot be replayed is stored exactly)
+            self.observe(CacheEvent("error", f"cannot replay: {type(error).__name__}: {error}", tier.name))
+            return {}
+
+    def _is_coded(self, key: BlockKey) -> bool:
+        entries = [tier.index.get(key.digest) for tier in self.tiers]
+        return any(entry is not None and entry.lossy for entry in entries)
 
     def _offered(self, block: KVBlock, model: str) -> Offer:
         """``block``, or if it is lossy and a tier holds it already coded, that: nothing is coded twice."""
@@ -273,6 +293,10 @@ class TierStack:
 
         with self._pending_changed:
             self._pending_changed.wait_for(is_settled, PENDING_WAIT_SECONDS)
+
+
+def _has_budget(tier: Tier) -> TypeGuard[EncodedTier]:
+    return isinstance(tier, EncodedTier) and isinstance(tier.chain.codec, QualityCodec)
 
 
 def _alike(left: PrefixChain, right: PrefixChain) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.registry import ENTRY_POINTS, codec_named, offered
 from ghostcacher.errors import ConfigurationError
-from ghostcacher.research import evaluate, sweep
+from ghostcacher.research import evaluate, sweep, turns
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 SIZES = {"prefix_tokens": 128, "scored_tokens": 32, "block_tokens": 64}
@@ -50,6 +50,19 @@ def test_every_kind_of_layer_can_be_measured(recipe, texts):
     found = tiny_model(recipe)
     assert evaluate(found, "raw", texts[:1], **SIZES).kl < 1e-9
     assert evaluate(found, "int8", texts[:1], **SIZES).kl < 1e-2
+
+
+def test_turns_on_exact_state_cost_nothing_and_on_coded_state_what_the_codec_costs(model):
+    text = random_prompt(64 * 6 + 3, seed=1)
+    sizes = {"begin_tokens": 128, "turn_tokens": 64}
+    exact, coarse = turns(model, "raw", text, **sizes), turns(model, "ec(1.0)", text, **sizes)
+    assert len(exact.append) == len(coarse.exact) == 4
+    assert max(*exact.append, *exact.exact) < 1e-8
+    assert coarse.append[0] == coarse.exact[0] > 1e-3
+    assert min(coarse.append[1:]) > 1e-3
+    assert coarse.append[1:] != coarse.exact[1:]
+    with pytest.raises(ConfigurationError, match="turns of 64"):
+        turns(model, "raw", text[:, :150], **sizes)
 
 
 def test_table_and_plot(model, texts, tmp_path):
