@@ -22,6 +22,8 @@ LayerKind = Literal[
     "dummy",
 ]  # fmt: skip
 
+Role = Literal["keys", "values"]
+
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -63,6 +65,7 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | Extent, ...]
     batch_axis: int = 0
+    role: Role | None = field(default=None, compare=False)
 
     @property
     def token_axis(self) -> int | None:
@@ -173,7 +176,8 @@ class KVLayout:
     @classmethod
     def uniform(cls, layers: int, heads: int, head_dim: int, dtype: str = "float32") -> Self:
         """Full attention with equal layers: keys and values ``[heads, tokens, head_dim]``."""
-        tensors = tuple(TensorSpec(name, dtype, (heads, TOKENS, head_dim)) for name in ("keys", "values"))
+        roles: tuple[Role, ...] = ("keys", "values")
+        tensors = tuple(TensorSpec(role, dtype, (heads, TOKENS, head_dim), role=role) for role in roles)
         return cls(tuple(LayerSpec("full", tensors) for _ in range(layers)))
 
     @cached_property

@@ -6,12 +6,13 @@ Latent attention (MLA) has the same class: ``keys`` is the latent and ``values``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 
 from ghostcacher.adapters.layers import GrowingLayer
 from ghostcacher.adapters.parts import dtype_name
-from ghostcacher.blocks import TOKENS, TensorSpec
+from ghostcacher.blocks import TOKENS, Role, TensorSpec
 
 _KEYS_VALUES_RANK = 4
 
@@ -22,12 +23,12 @@ def keys_values_specs(layer: object) -> tuple[TensorSpec, ...]:
     Raises:
         ValueError: keys or values are not ``[rows, heads, tokens, dim]``.
     """
-    specs = []
-    for name in ("keys", "values"):
+    specs, roles = [], get_args(Role)
+    for name in roles:
         tensor = getattr(layer, name)
         if tensor is None or tensor.dim() != _KEYS_VALUES_RANK:
             raise ValueError(f"{name} of a {type(layer).__name__} are not [rows, heads, tokens, dim]")
-        specs.append(TensorSpec(name, dtype_name(tensor), (tensor.shape[1], TOKENS, tensor.shape[3])))
+        specs.append(TensorSpec(name, dtype_name(tensor), (tensor.shape[1], TOKENS, tensor.shape[3]), role=name))
     return tuple(specs)
 
 

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 
 from ghostcacher.adapters.parts import dtype_name
-from ghostcacher.blocks import TOKENS, TensorSpec
+from ghostcacher.blocks import TOKENS, Role, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class PlainTensor:
-    """Attribute ``name``, with its token and batch axes, counted from the front."""
+    """Attribute ``name``, with its token and batch axes, counted from the front; ``role`` as in `TensorSpec`."""
 
     name: str
     token_axis: int
     batch_axis: int = 0
+    role: Role | None = None
 
 
-KEYS_VALUES = (PlainTensor("keys", 2), PlainTensor("values", 2))
+KEYS_VALUES = (PlainTensor("keys", 2, role="keys"), PlainTensor("values", 2, role="values"))
 INDEXED = (
     *KEYS_VALUES, PlainTensor("indexer_keys", 1), PlainTensor("indexer_position_ids", 2, batch_axis=1),
 )  # fmt: skip
@@ -100,4 +101,4 @@ class PlainSlices:
 def _spec(each: PlainTensor, tensor: torch.Tensor) -> TensorSpec:
     shape = [TOKENS if axis == each.token_axis else size for axis, size in enumerate(tensor.shape)]
     del shape[each.batch_axis]
-    return TensorSpec(each.name, dtype_name(tensor), tuple(shape), each.batch_axis)
+    return TensorSpec(each.name, dtype_name(tensor), tuple(shape), each.batch_axis, each.role)

@@ -33,7 +33,7 @@ def coded_tokens(group: TensorGroup, piece: Piece) -> int:
     None of anything else: index keys, latents' neighbours, recurrent state stay as they are.
     """
     spec = group.spec
-    is_known = spec.name in {"keys", "values"} and spec.dtype in _FLOATS
+    is_known = spec.role is not None and spec.dtype in _FLOATS
     is_per_head = len(spec.shape) == _PER_HEAD_RANK and spec.shape[1] == TOKENS and prod(group.shape(1)) > 0
     return piece.tokens // GROUP_TOKENS * GROUP_TOKENS if is_known and is_per_head else 0
 
@@ -68,7 +68,7 @@ def put_kept(group: TensorGroup, decoded: torch.Tensor, piece: Piece, coded: int
 
 def turn_of(group: TensorGroup, rotation: Rotation | None, start: int, tokens: int) -> Turn | None:
     """How keys from position ``start`` on are turned, if they are."""
-    if rotation is None or group.spec.name != "keys" or 2 * len(rotation.frequencies) > group.shape(tokens)[-1]:
+    if rotation is None or group.spec.role != "keys" or 2 * len(rotation.frequencies) > group.shape(tokens)[-1]:
         return None
     return rotation.at(start, tokens)
 
@@ -113,7 +113,7 @@ def value_group(channels: int) -> int:
 def grid(group: TensorGroup, coded: int) -> tuple[int, ...]:
     """Groups: ``[layers, heads, token groups, channels]`` of keys, or ``[layers, heads, tokens, channel groups]``."""
     layers, heads, _, channels = group.shape(coded)
-    if group.spec.name == "keys":
+    if group.spec.role == "keys":
         return layers, heads, coded // GROUP_TOKENS, channels
     return layers, heads, coded, channels // value_group(channels)
 
@@ -126,7 +126,7 @@ def grouped(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:
 def grouped_shape(group: TensorGroup, shape: Sequence[int]) -> tuple[int, ...]:
     """What `grouped` makes of ``shape``."""
     layers, heads, tokens, channels = shape
-    if group.spec.name == "keys":
+    if group.spec.role == "keys":
         return layers, heads, tokens // GROUP_TOKENS, GROUP_TOKENS, channels
     size = value_group(channels)
     return layers, heads, tokens, channels // size, size
@@ -134,7 +134,7 @@ def grouped_shape(group: TensorGroup, shape: Sequence[int]) -> tuple[int, ...]:
 
 def group_axis(group: TensorGroup) -> int:
     """The axis of `grouped` that runs through one group."""
-    return -2 if group.spec.name == "keys" else -1
+    return -2 if group.spec.role == "keys" else -1
 
 
 def check_finite(group: TensorGroup, *found: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ class Int4Codec:
         if sinks:
             # Something else in their place: they must not widen their groups, and code the same when coded again.
             values = values.clone()
-            values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.name == "keys" else 0.0
+            values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.role == "keys" else 0.0
         codes, parts = to_codes(group, values, STEPS)
         low, high = codes.chunk(2, dim=group_axis(group))
         parts[f"{group.name}.codes"] = (low | high << _BITS).reshape(_packed_shape(group, coded))
@@ -111,7 +111,7 @@ def _coded(group: TensorGroup, piece: Piece) -> int:
 
 def _packed_shape(group: TensorGroup, coded: int) -> tuple[int, ...]:
     layers, heads, tokens, channels = group.shape(coded)
-    if group.spec.name == "keys":
+    if group.spec.role == "keys":
         return layers, heads, tokens // 2, channels
     return layers, heads, tokens, channels // 2
 
@@ -119,7 +119,7 @@ def _packed_shape(group: TensorGroup, coded: int) -> tuple[int, ...]:
 def _unflattened(group: TensorGroup, coded: int) -> tuple[int, ...]:
     """`_packed_shape` with each group's bytes along an axis of its own."""
     layers, heads, tokens, channels = group.shape(coded)
-    if group.spec.name == "keys":
+    if group.spec.role == "keys":
         return layers, heads, tokens // 64, 32, channels
     size = value_group(channels)
     return layers, heads, tokens, channels // size, size // 2

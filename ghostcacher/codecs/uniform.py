@@ -72,7 +72,7 @@ def from_codes(
         values = room[: run.stop - run.start]
         unpack(run, values)
         # One pass is faster over contiguous channels, two where each row has one number.
-        if group.spec.name == "keys":
+        if group.spec.role == "keys":
             torch.addcmul(minimum[run], values, step[run], out=values)
         else:
             values.mul_(step[run]).add_(minimum[run])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, TensorGroup, TensorSpec
+from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, Role, TensorGroup, TensorSpec
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
 from ghostcacher.codecs.header import VARIABLE
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
@@ -15,13 +15,14 @@ from ghostcacher.keys import Namespace, PrefixChain
 
 def group(name: str = "keys", *, heads: int = 2, dim: int = 16, dtype: str = "float32", layers: int = 3) -> TensorGroup:
     """A group of equal tensors."""
-    return TensorGroup(name, TensorSpec(name, dtype, (heads, TOKENS, dim)), tuple(range(layers)))
+    role: Role | None = "keys" if name == "keys" else "values" if name == "values" else None
+    return TensorGroup(name, TensorSpec(name, dtype, (heads, TOKENS, dim), role=role), tuple(range(layers)))
 
 
 def block(tokens: int = 128, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVBlock:
     """A random block of 3 layers; values have another width than keys."""
     name = str(dtype).removeprefix("torch.")
-    specs = (TensorSpec("keys", name, (2, TOKENS, 16)), TensorSpec("values", name, (2, TOKENS, 12)))
+    specs = (TensorSpec("keys", name, (2, TOKENS, 16), role="keys"), TensorSpec("values", name, (2, TOKENS, 12), role="values"))
     layout = KVLayout(tuple(LayerSpec("full", specs) for _ in range(3)))
     chain = PrefixChain.of(list(range(tokens)), Namespace(bytes(32)), max(16, tokens))
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,70 @@
+"""Whether a stored prefix is worth loading: never longer than computing it would take, as far as was measured.
+
+A fetch from a store takes its latency and its bytes over its bandwidth, a prefill a time that grows with its tokens. Both
+are straight lines through what was seen lately, kept by whoever does the work: a tier its own, a model its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FADING = 0.9
+"""What an observation still weighs after the next one."""
+_LEAST_VARIANCE = 1e-9
+
+
+class Line:
+    """Seconds as ``a + b * amount``, with neither below 0, through observations that fade. Safe to share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, amount: float, seconds: float) -> None:
+        """One observation."""
+        with self._lock:
+            for name, value in (("_weight", 1.0), ("_x", amount), ("_y", seconds), ("_xx", amount * amount),
+                                ("_xy", amount * seconds)):  # fmt: skip
+                setattr(self, name, getattr(self, name) * FADING + value)
+
+    def seconds(self, amount: float) -> float | None:
+        """What the line says of ``amount``; None before the first observation."""
+        with self._lock:
+            if not self._weight:
+                return None
+            x, y = self._x / self._weight, self._y / self._weight
+            variance = self._xx / self._weight - x * x
+            covariance = self._xy / self._weight - x * y
+        through_zero = y / x if x > 0 else 0.0
+        is_flat = variance <= _LEAST_VARIANCE * max(1.0, x * x)
+        slope = through_zero if is_flat else min(max(0.0, covariance / variance), through_zero)
+        return max(0.0, y + slope * (amount - x))
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A run of blocks that one tier would serve: up to which token, how many bytes, and in what time (None: unknown)."""
+
+    tier: str
+    end_tokens: int
+    size_bytes: int
+    seconds: float | None
+
+
+def worth_tokens(legs: Sequence[Leg], prompt_tokens: int, prefill: Line) -> int:
+    """How many leading tokens to load so that loading them and computing the rest takes the least time.
+
+    ``legs`` follow one another. What was never measured is taken to be worth its time: it is measured by being used.
+    """
+    cold = prefill.seconds(prompt_tokens)
+    if cold is None:
+        return legs[-1].end_tokens if legs else 0
+    best_tokens, best_seconds, loading = 0, cold, 0.0
+    for leg in legs:
+        loading += leg.seconds or 0.0
+        rest = prefill.seconds(prompt_tokens - leg.end_tokens) or 0.0
+        if loading + rest <= best_seconds:
+            best_tokens, best_seconds = leg.end_tokens, loading + rest
+    return best_tokens

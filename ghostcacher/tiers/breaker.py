@@ -1,0 +1,95 @@
+"""A breaker: a store that keeps failing is left alone for a while, so that it costs nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from ghostcacher.errors import StoreError
+from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry
+
+FAILURES = 3
+FIRST_PAUSE_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 300.0
+_Result = TypeVar("_Result")
+
+
+class BreakerStore:
+    """A store that is not asked after 3 failures in a row: for 5 s, then one call probes it, then for twice as long.
+
+    While it is out every call raises StoreError at once. At most 300 s pass between probes; one success ends it.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = store.name
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._pause_seconds = FIRST_PAUSE_SECONDS
+        self._out_until: float | None = None
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the next call would be refused."""
+        return self._out_until is not None and self._clock() < self._out_until
+
+    def get_many(
+        self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
+    ) -> Mapping[str, Buffer | StoreError]:
+        """See `Store.get_many`. Values that could not be read count as a failure of the call."""
+        found = self._asked(
+            lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
+            lambda values: any(isinstance(value, StoreError) for value in values.values()),
+        )
+        return found
+
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+        """See `Store.put_many`."""
+        self._asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds))
+
+    def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
+        """See `Store.contains_many`."""
+        return self._asked(lambda: self._store.contains_many(keys, timeout_seconds=timeout_seconds))
+
+    def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
+        """See `Store.delete_many`."""
+        self._asked(lambda: self._store.delete_many(keys, timeout_seconds=timeout_seconds))
+
+    def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
+        """See `Store.list_keys`."""
+        return iter(self._asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
+
+    def _asked(
+        self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False
+    ) -> _Result:
+        self._enter()
+        try:
+            result = call()
+        except StoreError:
+            self._leave(has_failed=True)
+            raise
+        self._leave(has_failed=has_failed(result))
+        return result
+
+    def _enter(self) -> None:
+        """Refuse the call, or let it through; while the store is out, one probe at a time."""
+        with self._lock:
+            if self._out_until is None:
+                return
+            if self._clock() < self._out_until:
+                raise StoreError(f"tier {self.name} is out after {self._failures} failures; asked again later")
+            self._out_until = self._clock() + self._pause_seconds
+
+    def _leave(self, *, has_failed: bool) -> None:
+        with self._lock:
+            if not has_failed:
+                self._failures, self._pause_seconds, self._out_until = 0, FIRST_PAUSE_SECONDS, None
+                return
+            self._failures += 1
+            if self._out_until is not None:
+                self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
+            if self._failures >= FAILURES:
+                self._out_until = self._clock() + self._pause_seconds
