@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench bench-quality slow sweep sweep-oldest clean
+.PHONY: demo test test-oldest check bench bench-quality bench-restore slow sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,9 +52,13 @@ sweep-oldest: test-oldest
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md
 
-# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (4 minutes).
+# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (15 minutes).
 bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/quality.py --write docs/quantisation.md
+
+# What restoring takes with each codec, from a directory and from Redis (2 minutes; needs redis-server).
+bench-restore: $(VENV)/.dev
+	$(BIN)/python benchmarks/restore.py --write docs/quantisation.md
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .demo-store .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Whether a stored prefix is worth loading: never longer than computing it would take, as far as was measured.
 
-A fetch from a store takes its latency and its bytes over its bandwidth, a prefill a time that grows with its tokens. Both
-are straight lines through what was seen lately, kept by whoever does the work: a tier its own, a model its own.
+A fetch from a store takes its latency and its bytes over its bandwidth, a prefill a time that grows with its tokens.
+Both are straight lines through what was seen lately, kept by whoever does the work: a tier its own, a model its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A run of blocks that one tier would serve: up to which token, how many bytes, and in what time (None: unknown)."""
+    """Blocks that one tier would serve: up to which token, how many bytes, in what time (None: unknown)."""
 
     tier: str
     end_tokens: int

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ghostcacher
+from ghostcacher.testing import servers
 from ghostcacher.testing.models import tiny_model
 
 torch.set_num_threads(1)
@@ -113,6 +114,32 @@ def s3_bucket(s3_endpoint):
     name = f"bucket-{uuid.uuid4()}"
     fs.mkdir(name)
     return name
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A real server, or no test of Redis: aloud."""
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    with servers.redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory):
+    """Three masters with a replica each."""
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    with servers.redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def redis_url(redis_server):
+    """An empty database."""
+    redis = pytest.importorskip("redis")
+    redis.Redis(port=redis_server.port).flushall()
+    return redis_server.url
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Redis or Valkey, single or a cluster: ``redis://``, ``rediss://``, ``redis+cluster://``, ``rediss+cluster://``.
 
-Every method is one pipeline. Values are whole strings: a reader sees the old one or the new one. Give the server a memory
-limit and ``maxmemory-policy allkeys-lru``: what it evicts is a miss, and reading a prefix marks its blocks as used.
+Every method is one pipeline. Values are whole strings: a reader sees the old one or the new one. Give the server a
+memory limit and ``maxmemory-policy allkeys-lru``: what it evicts is a miss, and reading marks blocks as used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RedisStore:
         try:
             redis.connection.parse_url(self._url)
         except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"remote={_shown(url)!r} is no URL of a Redis server: redis://host:6379/0") from error
+            raise ConfigurationError(f"remote={_shown(url)!r} is no URL for Redis: redis://host:6379/0") from error
 
     def __repr__(self) -> str:
         return f"RedisStore({_shown(self._url)})"
@@ -133,7 +133,9 @@ class RedisStore:
             raise _error(what, error) from error
         return answers
 
-    def _all_well(self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object]) -> list[Any]:
+    def _all_well(
+        self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object]
+    ) -> list[Any]:
         answers = self._pipelined(what, list(keys), add)
         if failed := next((answer for answer in answers if isinstance(answer, Exception)), None):
             raise _error(what, failed) from failed

@@ -22,7 +22,10 @@ def group(name: str = "keys", *, heads: int = 2, dim: int = 16, dtype: str = "fl
 def block(tokens: int = 128, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVBlock:
     """A random block of 3 layers; values have another width than keys."""
     name = str(dtype).removeprefix("torch.")
-    specs = (TensorSpec("keys", name, (2, TOKENS, 16), role="keys"), TensorSpec("values", name, (2, TOKENS, 12), role="values"))
+    specs = (
+        TensorSpec("keys", name, (2, TOKENS, 16), role="keys"),
+        TensorSpec("values", name, (2, TOKENS, 12), role="values"),
+    )
     layout = KVLayout(tuple(LayerSpec("full", specs) for _ in range(3)))
     chain = PrefixChain.of(list(range(tokens)), Namespace(bytes(32)), max(16, tokens))
     generator = torch.Generator().manual_seed(seed)

@@ -40,11 +40,10 @@ class BreakerStore:
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
     ) -> Mapping[str, Buffer | StoreError]:
         """See `Store.get_many`. Values that could not be read count as a failure of the call."""
-        found = self._asked(
+        return self._asked(
             lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
             lambda values: any(isinstance(value, StoreError) for value in values.values()),
         )
-        return found
 
     def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
         """See `Store.put_many`."""
@@ -62,9 +61,7 @@ class BreakerStore:
         """See `Store.list_keys`."""
         return iter(self._asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
 
-    def _asked(
-        self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False
-    ) -> _Result:
+    def _asked(self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False) -> _Result:
         self._enter()
         try:
             result = call()

@@ -33,6 +33,7 @@ from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
 
 SWEEP_SHARE = 0.05
+BATCH_BLOCKS = 2
 _KEEP = frozenset({"version", "lossy", "codec"})
 
 
@@ -77,7 +78,7 @@ class EncodedTier:
                 self.catalog.refresh(chain, self.index, snapshots=snapshots)
 
     def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
-        """See `Tier.fetch`. A local store is read block by block on several threads, a remote one in one batch."""
+        """See `Tier.fetch`, on several threads: a local store block by block, a remote one in one batch for each."""
         placed: set[bytes] = set()
         own = _PerThread()
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
@@ -88,7 +89,7 @@ class EncodedTier:
                     placed.add(key.digest)
 
         with self.index.pinned([key.digest for key in keys]):
-            self._spread(read, [[key] for key in keys] if self.is_local else [list(keys)])
+            self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))
         self._counts.add("hits", len(placed))
         return frozenset(placed)
 
@@ -250,3 +251,9 @@ class EncodedTier:
             self._observe(CacheEvent("error", reason, self.name, seconds=time.monotonic() - started))
             if self._strict:
                 raise
+
+
+def _batches(keys: Sequence[BlockKey]) -> list[Sequence[BlockKey]]:
+    """One for each reader, so that one is decoded while the other is read; few keys stay together."""
+    half = len(keys) // 2
+    return [keys[:half], keys[half:]] if half >= BATCH_BLOCKS else [keys]

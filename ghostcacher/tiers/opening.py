@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -17,7 +18,9 @@ from ghostcacher.stores.base import Store
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.stores.redis import SCHEMES, RedisStore
 from ghostcacher.tiers.base import Tier
+from ghostcacher.tiers.breaker import BreakerStore
 from ghostcacher.tiers.catalog import ListingCatalog, ProbingCatalog
 from ghostcacher.tiers.deadline import DeadlineStore
 from ghostcacher.tiers.decoded import DecodedTier
@@ -56,8 +59,9 @@ def open_store(
             ``"8GiB:int8"`` keeps them coded instead: more of them, and each is decoded when it is used.
         disk: budget of the directory, shared by all processes that use it; None means no disk tier. ``"100GiB:int8"``
             codes blocks there otherwise than ``codec`` says.
-        remote: any fsspec URL, such as ``"s3://bucket/prefix"``; None means no remote tier. A call to it never
-            takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS`` (5 s).
+        remote: ``"redis://host:6379/0"``, ``"redis+cluster://…"``, or any fsspec URL, such as ``"s3://bucket/prefix"``;
+            None means no remote tier. A call to it never takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``
+            (5 s); after three failures in a row it is left alone for 5 s and longer.
         codec: of disk and remote: ``"raw"`` and ``"raw.z"`` are exact, ``"int8"``, ``"int4"``, ``"ec(0.25)"`` and
             ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are. ``"kvt(0.35)"`` is the
             smallest, and needs ``ghostcacher calibrate`` once for each model.
@@ -86,7 +90,7 @@ def open_store(
 
     readers = Readers()
     directory_store = None if config.disk_bytes is None else DirectoryStore(config.directory)
-    remote_store = None if config.remote is None else DeadlineStore(FilesystemStore(config.remote))
+    remote_store = None if config.remote is None else _remote_store(config.remote, config.remote_timeout_seconds)
     stores = [store for store in (directory_store, remote_store) if store is not None]
     shelf = Shelf(stores, config.remote_timeout_seconds)
     codecs = (config.memory_codec, config.disk_codec, config.remote_codec)
@@ -95,7 +99,7 @@ def open_store(
     if directory_store is not None:
         tiers.append(_disk_tier(config, directory_store, chains[config.disk_codec], observe, readers))
     if remote_store is not None:
-        tiers.append(_remote_tier(config, remote_store, chains[config.remote_codec], observe))
+        tiers.append(_remote_tier(config, remote_store, chains[config.remote_codec], observe, readers))
     writer = Writer(int(physical_memory_bytes() * QUEUE_SHARE_OF_MEMORY), observe)
     return TierStack(config, tiers, writer, readers, observers, shelf)
 
@@ -136,11 +140,19 @@ def _disk_tier(
     return tier
 
 
-def _remote_tier(config: StoreConfig, store: Store, chain: CodecChain, observe: Observer) -> EncodedTier:
+def _remote_store(url: str, timeout_seconds: float) -> Store:
+    is_redis = urlsplit(url).scheme in SCHEMES
+    client: Store = RedisStore(url, timeout_seconds=timeout_seconds) if is_redis else FilesystemStore(url)
+    return BreakerStore(DeadlineStore(client))
+
+
+def _remote_tier(
+    config: StoreConfig, store: Store, chain: CodecChain, observe: Observer, readers: Readers
+) -> EncodedTier:
     timeout_seconds = config.remote_timeout_seconds
     tier = EncodedTier(
         "remote", store, chain, LeastRecentlyUsed(), observe, is_local=False, timeout_seconds=timeout_seconds,
-        strict=config.strict,
+        strict=config.strict, spread=readers,
     )  # fmt: skip
     tier.catalog = ProbingCatalog(store, timeout_seconds)
     return tier

@@ -24,11 +24,13 @@ from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.stores.redis import RedisStore
 from ghostcacher.testing.codec import CodecContract, group, inputs
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.policy import PolicyContract
 from ghostcacher.testing.store import SECONDS, StoreContract, key
 from ghostcacher.testing.tier import BLOCK_BYTES, TierContract
+from ghostcacher.tiers.breaker import BreakerStore
 from ghostcacher.tiers.catalog import ListingCatalog
 from ghostcacher.tiers.deadline import DeadlineStore
 from ghostcacher.tiers.decoded import DecodedTier
@@ -74,6 +76,29 @@ class TestDeadlineStore(StoreContract):
 
 def s3_store(endpoint, path):
     return FilesystemStore(path, key="testing", secret="testing", client_kwargs={"endpoint_url": endpoint})
+
+
+class TestRedisStore(StoreContract):
+    @pytest.fixture
+    def store(self, redis_url):
+        store = RedisStore(redis_url)
+        yield store
+        store.close()
+
+
+class TestRedisStoreOnACluster(StoreContract):
+    @pytest.fixture
+    def store(self, redis_cluster):
+        store = RedisStore(redis_cluster[0].url.replace("redis://", "redis+cluster://"))
+        store.delete_many([entry.key for entry in store.list_keys(timeout_seconds=SECONDS)], timeout_seconds=SECONDS)
+        yield store
+        store.close()
+
+
+class TestBreakerStore(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return BreakerStore(MemoryStore())
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
