@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from ghostcacher.events import CacheEvent, CacheReport, Observer
+    from ghostcacher.lookups import Lookup, lookup
     from ghostcacher.support import Support, supported
     from ghostcacher.tiers.opening import default_store, open_store
     from ghostcacher.tiers.stack import TierStack
@@ -34,6 +35,7 @@ _HOMES = {
     "ConfigurationError": "errors",
     "GhostCache": "cache",
     "GhostcacherError": "errors",
+    "Lookup": "lookups",
     "MissingExtraError": "errors",
     "Observer": "events",
     "StoreError": "errors",
@@ -43,6 +45,7 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "attach": "cache",
     "default_store": "tiers.opening",
+    "lookup": "lookups",
     "open_store": "tiers.opening",
     "supported": "support",
 }
@@ -55,6 +58,7 @@ __all__ = [
     "ConfigurationError",
     "GhostCache",
     "GhostcacherError",
+    "Lookup",
     "MissingExtraError",
     "Observer",
     "StoreError",
@@ -64,6 +68,7 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "default_store",
+    "lookup",
     "open_store",
     "supported",
 ]

@@ -6,33 +6,47 @@ Both are straight lines through what was seen lately, kept by whoever does the w
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FADING = 0.9
 """What an observation still weighs after the next one."""
+
+RETRY_SECONDS = 60.0
+"""What was measured of a tier counts for so long: one that was too slow is tried again then."""
+GRACE_SECONDS = 0.05
+"""Loading may be estimated to take so much longer than computing: less is not worth a wrong estimate."""
+
+LEAST_WAIT_SECONDS = 0.5
+"""No fetch is given up earlier, however quickly its tokens are computed."""
+
 _LEAST_VARIANCE = 1e-9
 
 
 class Line:
     """Seconds as ``a + b * amount``, with neither below 0, through observations that fade. Safe to share."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
+        self._clock = clock
+        self._latest = -math.inf
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, amount: float, seconds: float) -> None:
         """One observation."""
         with self._lock:
+            self._latest = self._clock()
             for name, value in (("_weight", 1.0), ("_x", amount), ("_y", seconds), ("_xx", amount * amount),
                                 ("_xy", amount * seconds)):  # fmt: skip
                 setattr(self, name, getattr(self, name) * FADING + value)
 
-    def seconds(self, amount: float) -> float | None:
-        """What the line says of ``amount``; None before the first observation."""
+    def seconds(self, amount: float, within_seconds: float = math.inf) -> float | None:
+        """What the line says of ``amount``; None if the latest observation is not ``within_seconds`` of now."""
         with self._lock:
-            if not self._weight:
+            if self._clock() - self._latest >= within_seconds or not self._weight:
                 return None
             x, y = self._x / self._weight, self._y / self._weight
             variance = self._xx / self._weight - x * x
@@ -65,6 +79,6 @@ def worth_tokens(legs: Sequence[Leg], prompt_tokens: int, prefill: Line) -> int:
     for leg in legs:
         loading += leg.seconds or 0.0
         rest = prefill.seconds(prompt_tokens - leg.end_tokens) or 0.0
-        if loading + rest <= best_seconds:
+        if loading + rest <= best_seconds + (0.0 if best_tokens else GRACE_SECONDS):
             best_tokens, best_seconds = leg.end_tokens, loading + rest
     return best_tokens

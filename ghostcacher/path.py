@@ -118,6 +118,7 @@ class Path:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
         self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
+        session.prefilling = (time.perf_counter(), (self.call.width - columns) * self.call.rows)
         return columns
 
     def _read_media(self) -> None:
@@ -158,6 +159,10 @@ class Path:
         if not is_plain or not goes_on(self.call, self.module, takes_images=takes_images):
             session.forget()
             return 0
+        if session.prefilling is not None and self.call.width == 1:
+            began, tokens = session.prefilling
+            self.adapter.prefill.add(tokens, self.started - began)
+        session.prefilling = None
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
             session.note(self.call.input_ids, past, self.call.arguments.get("position_ids"))
             return 0
@@ -246,7 +251,10 @@ class Path:
         if shape is None or (have and session.state.is_static):
             return Served(have, have)
         limit = self._limit(base)
-        served = fill(session.store, shape, session.state, rows, have=have, limit=limit, width=width, floor=self._floor)
+        served = fill(
+            session.store, shape, session.state, rows, have=have, limit=limit, width=width, floor=self._floor,
+            prefill=self.adapter.prefill,
+        )  # fmt: skip
         if base == 0 and self.adapter.goes_one_at_a_time and not pays(served.columns, width):
             session.state.empty()
             return Served(0, 0)
@@ -259,7 +267,8 @@ class Path:
     def _report(self, rows: Sequence[Row], served: Served, have: int, *, is_lossy: bool) -> CacheReport:
         cached = max(0, served.columns - min(row.pads for row in rows))
         tier = "+".join(name for name in ("live" if have else "", served.tier) if name)
-        reason = "hit" if cached else "miss: first seen"
+        miss = "miss: slower to load than to compute" if served.is_declined else "miss: first seen"
+        reason = "hit" if cached else miss
         return CacheReport(
             _longest(rows), cached, tier, self._seconds(), served.size_bytes, reason, len(rows), is_lossy
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape
 from ghostcacher.adapters.state import CacheState
+from ghostcacher.gate import LEAST_WAIT_SECONDS, Line, worth_tokens
 from ghostcacher.index import Candidate
 from ghostcacher.keys import BlockKey
 from ghostcacher.tiers.stack import Fetched, TierStack
@@ -20,7 +21,8 @@ Floor = Callable[[int], int]
 class Served:
     """What a fill reached: ``columns`` from the front hold the rows' tokens; where the fetched ones came from.
 
-    ``promised`` is how many columns the indexes had said would be there.
+    ``promised`` is how many columns the indexes had said would be there, ``is_declined`` whether some were known but
+    not worth loading.
     """
 
     columns: int
@@ -28,6 +30,7 @@ class Served:
     tier: str = ""
     size_bytes: int = 0
     lossy: bool = False
+    is_declined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +55,23 @@ class _Plan:
 
 def fill(
     store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
-    floor: Floor,
+    floor: Floor, prefill: Line,
 ) -> Served:  # fmt: skip
     """Make the cache hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
 
     A batch reaches as far as its coldest row; where layers need snapshots, as far as a length at which every row has
     one. The layers change in one step per attempt, once everything of it is verified; after an exception the caller
     cuts them back. ``width`` is how many columns will be needed, ``floor`` the last column at or before another at
-    which the rows may be cut.
+    which the rows may be cut. ``prefill`` is what computing takes, by tokens of all rows: what takes longer to load is
+    not loaded, and nothing is waited for longer than that.
     """
-    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width, floor=floor)
+    gate = _Gate(store, shape, prefill, width, len(rows))
+    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width, floor=floor, gate=gate)
     if served.columns < served.promised:
         # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
-        again = _attempt(store, shape, state, rows, have=served.columns, limit=limit, width=width, floor=floor)
+        again = _attempt(
+            store, shape, state, rows, have=served.columns, limit=limit, width=width, floor=floor, gate=gate
+        )
         if again.columns > served.columns:
             tier = "+".join(dict.fromkeys(filter(None, [*served.tier.split("+"), *again.tier.split("+")])))
             size_bytes, lossy = served.size_bytes + again.size_bytes, served.lossy or again.lossy
@@ -74,19 +81,25 @@ def fill(
 
 def _attempt(
     store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
-    floor: Floor,
+    floor: Floor, gate: _Gate,
 ) -> Served:  # fmt: skip
     plans = _agreed(store, rows, limit, floor) if state.has_states else _plans(store, rows)
     target = floor(min([limit, *(plan.reach(plan.candidates) for plan in plans)]))
+    known = target
+    if target > have:
+        worth = gate.worth_columns(plans, have, target)
+        target = target if worth >= target else have if state.has_states else floor(worth)
     if target <= have:
-        return Served(have, have)
+        return Served(have, have, is_declined=known > have)
     landing = Landing(state, shape, len(rows), have, width)
     wanted: dict[bytes, BlockKey] = {}
     for plan in plans:
         missing = plan.missing(have, target)
         landing.expect(missing, plan.numbers, plan.row.pads)
         wanted.update({c.key.digest: c.key for c in missing})
-    fetched = store.fetch(list(wanted.values()), shape.layout, landing.place)
+    fetched = store.fetch(
+        list(wanted.values()), shape.layout, landing.place, timeout_seconds=gate.patience_seconds(have)
+    )
     reached = floor(min(target, *(_reached(plan, fetched, have, target) for plan in plans)))
     if reached <= have or (state.has_states and reached < target):
         return Served(have, target)
@@ -98,6 +111,37 @@ def _attempt(
     tier = "+".join(tier.name for tier in store.tiers if tier.name in names)
     size_bytes = (reached - have) * shape.layout.token_bytes() + shape.layout.snapshot_bytes(reached)
     return Served(reached, target, tier, size_bytes, bool(fetched.lossy))
+
+
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """What loading is worth for a batch of ``rows`` rows of ``width`` columns."""
+
+    store: TierStack
+    shape: Shape
+    prefill: Line
+    width: int
+    rows: int
+
+    def patience_seconds(self, have: int) -> float | None:
+        """How long to wait at most: what computing all columns after ``have`` takes; None if that is not known."""
+        cold = self.prefill.seconds((self.width - have) * self.rows)
+        return None if cold is None else max(cold, LEAST_WAIT_SECONDS)
+
+    def worth_columns(self, plans: Sequence[_Plan], have: int, target: int) -> int:
+        """Up to which column at most ``target`` to load. Rows that differ load one after the other."""
+        worth = []
+        for plan in plans:
+            legs = [
+                replace(
+                    leg, end_tokens=(min(target, plan.row.pads + leg.end_tokens) - have) * self.rows,
+                    seconds=None if leg.seconds is None else leg.seconds * len(plans),
+                )
+                for leg in self.store.legs(plan.missing(have, target), self.shape.layout)
+            ]  # fmt: skip
+            tokens = worth_tokens(legs, (self.width - have) * self.rows, self.prefill)
+            worth.append(have + tokens // self.rows)
+        return min(worth)
 
 
 def _plans(store: TierStack, rows: Sequence[Row], limit: int | None = None) -> list[_Plan]:

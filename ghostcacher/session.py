@@ -42,6 +42,8 @@ class Session:
     stored, ``wanted_columns`` is where more are wanted. ``last_positions`` are the positions of the last column, and
     ``follows`` is whether those of later steps went on from them: a scalar on their device. ``is_current`` asks whether
     the model still is what it was when the prompt began. ``guard`` runs it again, for tiers that have a budget.
+    ``prefilling`` is when the prompt's own forward began, and how many tokens it computes: its end shows when the next
+    step begins, whatever the device.
     """
 
     store: TierStack
@@ -63,6 +65,7 @@ class Session:
     follows: torch.Tensor | None = None
     is_current: Callable[[], bool] = _always
     guard: Guard | None = None
+    prefilling: tuple[float, int] | None = None
     expected: Expected | None = None
     is_running_pieces: bool = False
 

@@ -25,6 +25,7 @@ from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import Activations, walk
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
+from ghostcacher.gate import Line
 from ghostcacher.keys import Namespace
 
 _WITHOUT_ATTENTION = frozenset({"conv", "recurrent", "dummy"})
@@ -67,6 +68,7 @@ class ModelAdapter:
         self.takes_images = module.config.model_type in table.WITH_IMAGES
         self.serves_padding = self.model_type not in table.NOT_IN_PADDED_BATCHES
         self.tokens_left = table.TOKENS_LEFT.get(self.model_type, 1)
+        self.prefill = Line()
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False

@@ -11,7 +11,6 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError, StoreTimeoutError
 from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key
@@ -40,7 +39,7 @@ class RedisStore:
             ConfigurationError: ``url`` is not one of redis-py's.
             MissingExtraError: redis-py is not installed.
         """
-        self.scheme = urlsplit(url).scheme
+        self.scheme = url.partition("://")[0]
         self._url = url.replace(_CLUSTER, "", 1)
         self._timeout_seconds = timeout_seconds
         redis = _redis()
@@ -162,5 +161,6 @@ def _error(what: str, error: BaseException) -> StoreError:
 
 
 def _shown(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
+    """``url`` without user, password and options, however malformed."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

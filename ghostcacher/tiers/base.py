@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.codecs.safetensors_format import CodecChain, Coded
+from ghostcacher.gate import Line
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
 
@@ -107,6 +108,11 @@ class Tier(Protocol):
     is_lossy: bool
     """Whether blocks come back otherwise than they were offered."""
 
+    @property
+    def loading(self) -> Line | None:
+        """Seconds to load, by bytes of state; None if it takes as good as none."""
+        ...
+
     def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
         """Bring the index up to date with what others may have stored of ``chain``. Never raises.
 
@@ -114,10 +120,14 @@ class Tier(Protocol):
         """
         ...
 
-    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+    def fetch(
+        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
+        timeout_seconds: float | None = None,
+    ) -> frozenset[bytes]:  # fmt: skip
         """Hand the verified blocks of ``keys`` to ``place``; returns the digests of those handed over.
 
-        A block that is missing or does not verify is left out and forgotten. An exception of ``place`` is raised.
+        A block that is missing, does not verify, or is not there within ``timeout_seconds`` is left out. An exception
+        of ``place`` is raised.
 
         Raises:
             StoreError: only in strict tiers.

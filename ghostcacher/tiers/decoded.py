@@ -24,6 +24,7 @@ class DecodedTier:
 
     is_local = True
     is_lossy = False
+    loading = None
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
@@ -47,7 +48,10 @@ class DecodedTier:
         """The block of ``key``, or None."""
         return self._blocks.get(key.digest)
 
-    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+    def fetch(
+        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
+        timeout_seconds: float | None = None,
+    ) -> frozenset[bytes]:  # fmt: skip
         """See `Tier.fetch`."""
         found = [
             block for key in keys

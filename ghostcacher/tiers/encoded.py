@@ -16,6 +16,7 @@ from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
+from ghostcacher.gate import Line
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
 from ghostcacher.stores.base import Buffer, Store
@@ -60,6 +61,7 @@ class EncodedTier:
         self.chain = chain
         self.is_lossy = chain.codec.lossy
         self.index = PrefixIndex()
+        self.loading = Line()
         self.catalog: Catalog | None = None
         self._store = store
         self._policy = policy
@@ -77,20 +79,29 @@ class EncodedTier:
             if self.catalog:
                 self.catalog.refresh(chain, self.index, snapshots=snapshots)
 
-    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool) -> frozenset[bytes]:
+    def fetch(
+        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
+        timeout_seconds: float | None = None,
+    ) -> frozenset[bytes]:  # fmt: skip
         """See `Tier.fetch`, on several threads: a local store block by block, a remote one in one batch for each."""
         placed: set[bytes] = set()
         own = _PerThread()
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
+        allowed_seconds = min(self._timeout_seconds, timeout_seconds or self._timeout_seconds)
+        began, errors = time.monotonic(), self._counts["errors"]
 
         def read(batch: Sequence[BlockKey]) -> None:
-            for key, blob in self._read(batch, limit_bytes):
+            for key, blob in self._read(batch, limit_bytes, allowed_seconds):
                 if self._place(key, blob, layout, place, own.scratch, exact_only=exact_only):
                     placed.add(key.digest)
 
         with self.index.pinned([key.digest for key in keys]):
             self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))
         self._counts.add("hits", len(placed))
+        # What failed took its time for all that was asked; what is gone says nothing of the rest.
+        taken = [key for key in keys if key.digest in placed] or (keys if self._counts["errors"] > errors else [])
+        if taken:
+            self.loading.add(sum(map(layout.bytes_of, taken)), time.monotonic() - began)
         return frozenset(placed)
 
     def wants(self, key: BlockKey, *, lossy: bool) -> bool:
@@ -136,7 +147,7 @@ class EncodedTier:
 
     def stored(self, key: BlockKey, layout: KVLayout) -> Coded | None:
         """See `Tier.stored`."""
-        for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES):
+        for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES, self._timeout_seconds):
             try:
                 return Coded.parse(blob, key)
             except BlockError as error:
@@ -173,10 +184,12 @@ class EncodedTier:
             *certified_counts(self.index),
         )  # fmt: skip
 
-    def _read(self, batch: Sequence[BlockKey], limit_bytes: int) -> Iterator[tuple[BlockKey, Buffer]]:
+    def _read(
+        self, batch: Sequence[BlockKey], limit_bytes: int, timeout_seconds: float
+    ) -> Iterator[tuple[BlockKey, Buffer]]:
         with self._errors_counted("read"):
             values = self._store.get_many(
-                [key.store_key for key in batch], limit_bytes=limit_bytes, timeout_seconds=self._timeout_seconds
+                [key.store_key for key in batch], limit_bytes=limit_bytes, timeout_seconds=timeout_seconds
             )
             for key in batch:
                 value = values.get(key.store_key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -141,7 +140,7 @@ def _disk_tier(
 
 
 def _remote_store(url: str, timeout_seconds: float) -> Store:
-    is_redis = urlsplit(url).scheme in SCHEMES
+    is_redis = url.partition("://")[0] in SCHEMES
     client: Store = RedisStore(url, timeout_seconds=timeout_seconds) if is_redis else FilesystemStore(url)
     return BreakerStore(DeadlineStore(client))
 

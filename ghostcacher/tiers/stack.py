@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from ghostcacher.codecs.quality import QualityCodec
 from ghostcacher.codecs.safetensors_format import Coded
 from ghostcacher.config import StoreConfig
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
+from ghostcacher.gate import RETRY_SECONDS, Leg
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
@@ -139,10 +141,26 @@ class TierStack:
             return cut_to_snapshot(indexes, chain, found, limit, exact_only=self._exact_only)
         return found
 
-    def fetch(self, keys: Sequence[BlockKey], layout: KVLayout, place: Place) -> Fetched:
+    def legs(self, candidates: Sequence[Candidate], layout: KVLayout) -> list[Leg]:
+        """Who would serve ``candidates``, which follow one another, and in what time as far as was measured lately."""
+        sources = [next((tier for tier in self.tiers if c.key.digest in tier.index), None) for c in candidates]
+        legs = []
+        for tier, run in itertools.groupby(zip(sources, candidates, strict=True), key=lambda pair: pair[0]):
+            held = [candidate for _, candidate in run]
+            size_bytes = sum(layout.bytes_of(candidate.key) for candidate in held)
+            seconds: float | None = 0.0
+            if tier is not None and tier.loading is not None:
+                seconds = tier.loading.seconds(size_bytes, RETRY_SECONDS)
+            legs.append(Leg(tier.name if tier else "", held[-1].key.start + held[-1].tokens, size_bytes, seconds))
+        return legs
+
+    def fetch(
+        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, timeout_seconds: float | None = None
+    ) -> Fetched:
         """Hand the verified blocks of ``keys`` to ``place``, on any thread, in any order, each tier in one call.
 
-        May give fewer than asked for; see `Fetched.leading` for what is a prefix.
+        May give fewer than asked for; see `Fetched.leading` for what is a prefix. No tier is waited for longer than
+        ``timeout_seconds``, or its own limit.
 
         Raises:
             StoreError: only in a strict store.
@@ -158,7 +176,7 @@ class TierStack:
         for tier in self.tiers:
             held = [key for key in keys if key.digest not in sources and key.digest in tier.index]
             if held:
-                placed = tier.fetch(held, layout, noting, exact_only=self._exact_only)
+                placed = tier.fetch(held, layout, noting, exact_only=self._exact_only, timeout_seconds=timeout_seconds)
                 sources.update(dict.fromkeys(placed, tier.name))
         return Fetched(sources, frozenset(lossy))
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from ghostcacher import GhostCache
 from ghostcacher.adapters.capture import Row, RowCapture
 from ghostcacher.adapters.probe import run
+from ghostcacher.gate import Line
 from ghostcacher.hooks import hooks_of
 from ghostcacher.keys import PrefixChain
 from ghostcacher.serving import fill
@@ -47,7 +48,7 @@ def test_what_is_injected_is_what_the_file_says(model, store, generate, tmp_path
     chain = PrefixChain.of(PROMPT[0].tolist(), adapter.identify(model, store.config, "sampled", 34).namespace, 16)
     cache = DynamicCache(config=model.config)
     state = adapter.state_of(cache)
-    served = fill(store, adapter.shape, state, [Row(0, chain)], have=0, limit=CUT, width=34, floor=int)
+    served = fill(store, adapter.shape, state, [Row(0, chain)], have=0, limit=CUT, width=34, floor=int, prefill=Line())
     assert served.columns == CUT
     taken = {CUT: state.snapshot()} if state.has_states else {}
     injected = RowCapture.of(state.frozen(), adapter.shape.layout, 0, Row(0, chain), (), CUT, snapshots=taken)

@@ -61,6 +61,23 @@ def test_a_slow_first_leg_may_pay_for_what_comes_after_it():
     assert worth_tokens(legs, 200, PREFILL) == 190
 
 
+def test_a_little_slower_is_loaded_all_the_same():
+    assert worth_tokens([Leg("disk", 100, 1, 1.0 + 0.04)], 200, PREFILL) == 100
+    assert worth_tokens([Leg("disk", 100, 1, 1.0 + 0.06)], 200, PREFILL) == 0
+
+
+def test_what_was_measured_long_ago_is_not_known():
+    class Clock:
+        now = 0.0
+
+    made = Line(lambda: Clock.now)
+    made.add(10, 1.0)
+    assert made.seconds(10, 60.0) == pytest.approx(1.0)
+    Clock.now = 60.0
+    assert made.seconds(10, 60.0) is None
+    assert made.seconds(10) == pytest.approx(1.0)
+
+
 def test_nothing_known_means_load():
     assert worth_tokens([Leg("remote", 100, 1, 99.0)], 200, Line()) == 100
     assert worth_tokens([], 200, PREFILL) == 0

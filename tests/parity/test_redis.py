@@ -1,0 +1,135 @@
+"""Redis as the remote tier: another process's blocks, a server that goes away and comes back, a cluster's failover."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import ghostcacher
+from ghostcacher import GhostCache
+from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError
+from ghostcacher.stores import redis as redis_store
+from ghostcacher.stores.redis import RedisStore
+from ghostcacher.testing import servers
+from ghostcacher.testing.models import random_prompt
+from ghostcacher.testing.store import key
+
+PROMPT = random_prompt(200, seed=4)
+
+
+def opened(url, **given):
+    return ghostcacher.open_store(memory=None, disk=None, block_tokens=64, remote=url, **given)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "ec(0.25)"])
+def test_what_one_store_put_another_one_gets(codec, models, generate, redis_url):
+    model = models("llama")
+    with opened(redis_url, codec=codec) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+    with opened(redis_url, codec=codec) as other:
+        cache = GhostCache(model, other)
+        out = generate(model, PROMPT, cache)
+        assert (cache.report.tier, cache.report.cached_tokens) == ("remote", 199)
+        if codec == "raw":
+            assert torch.equal(out, generate(model, PROMPT))
+
+
+def test_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster):
+    model, url = models("llama"), redis_cluster[0].url.replace("redis://", "redis+cluster://")
+    expected = generate(model, PROMPT)
+    with opened(url) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+        store.flush()
+        time.sleep(1.5)  # replicas follow
+        victim = redis_cluster[1]
+        victim.stop()
+        try:
+            recovered = False
+            for _ in range(60):
+                cache = GhostCache(model, store)
+                assert torch.equal(generate(model, PROMPT, cache), expected)
+                recovered = cache.report.cached_tokens > 0 and not store.tiers[0]._store.is_out
+                if recovered:
+                    break
+                time.sleep(0.5)
+            assert recovered
+        finally:
+            victim.start()
+
+
+def test_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path):
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    model = models("llama")
+    expected = generate(model, PROMPT)
+    with servers.redis_server(tmp_path) as server, opened(server.url) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+        store.flush()
+        server.stop()
+        for _ in range(4):
+            cache = GhostCache(model, store)
+            assert torch.equal(generate(model, PROMPT, cache), expected)
+            assert cache.report.cached_tokens == 0
+        store.flush()
+        assert store.tiers[0]._store.is_out
+        began = time.perf_counter()
+        with pytest.raises(StoreError):
+            store.tiers[0]._store.contains_many([key(1)], timeout_seconds=1.0)
+        assert time.perf_counter() - began < 0.1
+
+
+def test_a_full_server_drops_what_does_not_fit_and_goes_on(models, generate, tmp_path):
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    model = models("llama")
+    full = ("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    with servers.redis_server(tmp_path, *full) as server, opened(server.url) as store:
+        for seed in range(30):
+            prompt = random_prompt(200, seed=seed)
+            cache = GhostCache(model, store)
+            assert torch.equal(generate(model, prompt, cache, new=1), generate(model, prompt, new=1))
+            store.flush()
+        stats = store.stats().tiers[0]
+    assert stats.errors > 0
+    assert store.stats().failed == 0
+
+
+def test_credentials_are_never_shown(models, generate, tmp_path, caplog):
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    model = models("llama")
+    with servers.redis_server(tmp_path, "--requirepass", "right") as server:
+        url = server.url.replace("redis://", "redis://:hunter2@")
+        assert "hunter2" not in repr(RedisStore(url))
+        with opened(url) as store:
+            cache = GhostCache(model, store)
+            generate(model, PROMPT, cache, new=1)
+            store.flush()
+            assert store.stats().tiers[0].errors > 0
+        with pytest.raises(StoreError) as caught:
+            RedisStore(url).contains_many([key(1)], timeout_seconds=1.0)
+        with opened(server.url.replace("redis://", "redis://:right@")) as store:
+            generate(model, PROMPT, GhostCache(model, store), new=1)
+            store.flush()
+            assert store.stats().tiers[0].stored == 4
+    assert "hunter2" not in f"{caught.value}{caplog.text}{store!r}"
+
+
+@pytest.mark.parametrize("url", ["redis://host:port/0", "redis://[::1", "redis+cluster://h:x"])
+def test_urls_that_mean_nothing(url):
+    with pytest.raises(ConfigurationError, match="remote="):
+        opened(url)
+
+
+def test_a_block_beyond_what_redis_takes_is_refused_by_name(redis_url, monkeypatch):
+    monkeypatch.setattr(redis_store, "VALUE_LIMIT_BYTES", 10)
+    with pytest.raises(StoreError, match="block_tokens"):
+        RedisStore(redis_url).put_many({key(1): [b"x" * 11]}, timeout_seconds=1.0)
+
+
+def test_without_the_client_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(redis_store.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(MissingExtraError, match=r"ghostcacher\[redis\]"):
+        opened("redis://127.0.0.1:1")
