@@ -16,11 +16,12 @@ if TYPE_CHECKING:
         GhostcacherError,
         MissingExtraError,
         StoreError,
+        StoreRefusedError,
         StoreTimeoutError,
         UnsupportedModelError,
     )
     from ghostcacher.events import CacheEvent, CacheReport, Observer
-    from ghostcacher.lookups import Lookup, lookup
+    from ghostcacher.lookups import Lookup, forget, lookup
     from ghostcacher.support import Support, supported
     from ghostcacher.tiers.opening import default_store, open_store
     from ghostcacher.tiers.stack import TierStack
@@ -39,12 +40,14 @@ _HOMES = {
     "MissingExtraError": "errors",
     "Observer": "events",
     "StoreError": "errors",
+    "StoreRefusedError": "errors",
     "StoreTimeoutError": "errors",
     "Support": "support",
     "TierStack": "tiers.stack",
     "UnsupportedModelError": "errors",
     "attach": "cache",
     "default_store": "tiers.opening",
+    "forget": "lookups",
     "lookup": "lookups",
     "open_store": "tiers.opening",
     "supported": "support",
@@ -62,12 +65,14 @@ __all__ = [
     "MissingExtraError",
     "Observer",
     "StoreError",
+    "StoreRefusedError",
     "StoreTimeoutError",
     "Support",
     "TierStack",
     "UnsupportedModelError",
     "attach",
     "default_store",
+    "forget",
     "lookup",
     "open_store",
     "supported",

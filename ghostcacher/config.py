@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self, get_args
 
 from ghostcacher.errors import ConfigurationError
 from ghostcacher.units import parse_bytes
@@ -16,6 +16,8 @@ BLOCK_TOKENS_RANGE = (16, 4096)
 AUTO_MEMORY_SHARE = 0.10
 AUTO_MEMORY_LIMIT_BYTES = 4 * 2**30
 REMOTE_TIMEOUT_SECONDS = 5.0
+Role = Literal["writer", "reader"]
+Admission = Literal["always", "second-sight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class StoreConfig:
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     salt: str | None = None
     strict: bool = False
+    role: Role = "writer"
+    admit: Admission = "always"
     remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
 
     @classmethod
@@ -50,6 +54,8 @@ class StoreConfig:
         block_tokens: int,
         salt: str | None,
         strict: bool,
+        role: str = "writer",
+        admit: str = "always",
         environment: Mapping[str, str] = os.environ,
     ) -> Self:
         """Turn the arguments of ``open_store`` and the environment into numbers and paths.
@@ -77,6 +83,8 @@ class StoreConfig:
             block_tokens=_checked_block_tokens(block_tokens),
             salt=salt,
             strict=strict,
+            role=_one_of("role", role, get_args(Role)),
+            admit=_one_of("admit", admit, get_args(Admission)),
             remote_timeout_seconds=_timeout_seconds(environment),
         )
 
@@ -98,6 +106,12 @@ def is_disabled(environment: Mapping[str, str] = os.environ) -> bool:
 def physical_memory_bytes() -> int:
     """RAM of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _one_of(name: str, given: str, choices: tuple[Any, ...]) -> Any:
+    if given not in choices:
+        raise ConfigurationError(f"{name}={given!r}: choose one of {', '.join(map(repr, choices))}")
+    return given
 
 
 def _with_codec(size: int | str | None, codec: str) -> tuple[int | str | None, str]:

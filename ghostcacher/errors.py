@@ -5,7 +5,8 @@ GhostcacherError
 ├── UnsupportedModelError (TypeError)   the model cannot take a GhostCache at all
 ├── MissingExtraError (ImportError)     an optional package is not installed
 ├── StoreError (OSError)                a store could not do what was asked
-│   └── StoreTimeoutError (TimeoutError)
+│   ├── StoreTimeoutError (TimeoutError)
+│   └── StoreRefusedError               it is there, and says no
 └── BlockError (ValueError)             stored bytes are not the block that was asked for
 
 None of them leaves ``model.generate()`` unless the store was opened with ``strict=True``.
@@ -41,6 +42,10 @@ class StoreTimeoutError(StoreError, TimeoutError):
     """A store did not answer within the deadline of the call."""
 
 
+class StoreRefusedError(StoreError):
+    """A store that is there says no to what was asked: it is full, read-only, or the value is too large."""
+
+
 class BlockError(GhostcacherError, ValueError):
     """Stored bytes do not verify as the block that was asked for.
 
@@ -48,7 +53,7 @@ class BlockError(GhostcacherError, ValueError):
     block's bytes), ``geometry`` (another layout), ``codec`` (unknown or wrong), ``version`` (another format),
     ``lossy`` (an exact store met a lossy block), ``nonfinite`` (NaN or infinity offered to a lossy codec),
     ``frame`` (not what the codec writes), ``uncalibrated`` (a codec that needs tables of the model has none),
-    ``tables`` (an asset of tables is not what its name says).
+    ``tables`` (an asset of tables is not what its name says), ``memory`` (there is too little to decode it).
     """
 
     def __init__(self, reason: str, message: str) -> None:

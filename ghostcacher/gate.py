@@ -15,13 +15,19 @@ from dataclasses import dataclass
 FADING = 0.9
 """What an observation still weighs after the next one."""
 
-RETRY_SECONDS = 60.0
+RETRY_SECONDS = 15.0
 """What was measured of a tier counts for so long: one that was too slow is tried again then."""
 GRACE_SECONDS = 0.05
 """Loading may be estimated to take so much longer than computing: less is not worth a wrong estimate."""
 
 LEAST_WAIT_SECONDS = 0.5
 """No fetch is given up earlier, however quickly its tokens are computed."""
+
+REACH = 8.0
+"""A line says nothing of amounts so much larger than those it was drawn through."""
+
+OUTLIER = 5.0
+"""A prefill so much slower than expected was something else: a pause of the user's between two steps."""
 
 _LEAST_VARIANCE = 1e-9
 
@@ -33,20 +39,31 @@ class Line:
         self._lock = threading.Lock()
         self._clock = clock
         self._latest = -math.inf
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._most = self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, amount: float, seconds: float) -> None:
         """One observation."""
         with self._lock:
             self._latest = self._clock()
+            self._most = max(amount, self._most * FADING)
             for name, value in (("_weight", 1.0), ("_x", amount), ("_y", seconds), ("_xx", amount * amount),
                                 ("_xy", amount * seconds)):  # fmt: skip
                 setattr(self, name, getattr(self, name) * FADING + value)
 
+    def add_usual(self, amount: float, seconds: float) -> None:
+        """As `add`, unless it took many times as long as the line says."""
+        expected = self.seconds(amount)
+        if expected is None or seconds <= OUTLIER * expected:
+            self.add(amount, seconds)
+
     def seconds(self, amount: float, within_seconds: float = math.inf) -> float | None:
-        """What the line says of ``amount``; None if the latest observation is not ``within_seconds`` of now."""
+        """What the line says of ``amount``.
+
+        None if the latest observation is not ``within_seconds`` of now, or none was of nearly so much.
+        """
         with self._lock:
-            if self._clock() - self._latest >= within_seconds or not self._weight:
+            is_old = self._clock() - self._latest >= within_seconds
+            if is_old or not self._weight or amount > REACH * self._most:
                 return None
             x, y = self._x / self._weight, self._y / self._weight
             variance = self._xx / self._weight - x * x

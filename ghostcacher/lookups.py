@@ -1,4 +1,4 @@
-"""What a store knows of a prompt, without loading it: for routers and schedulers."""
+"""What a store knows of a prompt, without running the model: for routers and schedulers; and making it forget."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghostcacher.adapters.base import base_module
+from ghostcacher.adapters.base import ModelAdapter, base_module
 from ghostcacher.adapters.unserved import UnservedError
-from ghostcacher.errors import UnsupportedModelError
+from ghostcacher.errors import ConfigurationError
 from ghostcacher.hooks import hooks_of
 from ghostcacher.keys import PrefixChain
 from ghostcacher.tiers.opening import default_store
@@ -38,24 +38,66 @@ def lookup(model: Any, token_ids: Sequence[int], store: TierStack | None = None)
 
     Raises:
         UnsupportedModelError: ``model`` cannot take a GhostCache at all.
+        StoreError: only in a strict store.
     """
-    module, opened = base_module(model), store if store is not None else default_store()
-    hooks = hooks_of(module)
-    hooks.prepare()
-    adapter = hooks.adapter
-    unknown = Lookup(len(token_ids), 0, "", None, adapter.prefill.seconds(len(token_ids)))
-    if adapter.shape is None or adapter.refusal or not token_ids:
+    asked = _Asked.of(model, token_ids, store)
+    unknown = Lookup(len(asked.ids), 0, "", None, asked.adapter.prefill.seconds(len(asked.ids)))
+    if asked.chain is None or asked.adapter.shape is None:
         return unknown
-    try:
-        identity = adapter.identify(module, opened.config, "sampled", len(token_ids))
-    except (UnservedError, UnsupportedModelError, ValueError):
-        return unknown
-    chain = PrefixChain.of(token_ids, identity.namespace, opened.config.block_tokens)
-    found = opened.match(chain, snapshots=adapter.has_states)
-    legs = opened.legs(found, adapter.shape.layout)
+    found = asked.store.match(asked.chain, limit_tokens=asked.limit, snapshots=asked.adapter.has_states)
+    legs = asked.store.legs(found, asked.adapter.shape.layout)
     if not legs:
         return unknown
     seconds = [leg.seconds for leg in legs]
     known = None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
-    tier = "+".join(dict.fromkeys(leg.tier for leg in legs))
-    return Lookup(len(token_ids), max(leg.end_tokens for leg in legs), tier, known, unknown.compute_seconds)
+    tokens = max(leg.end_tokens for leg in legs)
+    return Lookup(
+        len(asked.ids), tokens if asked.limit is None else min(tokens, asked.limit),
+        "+".join(dict.fromkeys(leg.tier for leg in legs)), known, unknown.compute_seconds,
+    )  # fmt: skip
+
+
+def forget(model: Any, token_ids: Sequence[int], store: TierStack | None = None, *, keep_tokens: int = 0) -> int:
+    """Delete what ``store`` holds of a prompt, of its answers, and of every prompt that goes on from it.
+
+    In the namespace of ``model`` as it stands now and of the store's salt and block size. What the first
+    ``keep_tokens`` tokens make, such as a system prompt that others share, stays, in whole blocks. How many blocks and
+    snapshots were deleted.
+
+    Raises:
+        UnsupportedModelError: ``model`` cannot take a GhostCache at all.
+        ConfigurationError: the model is not served as it stands now: it has no namespace.
+        StoreError: a store did not answer, or an entry still stands; try again.
+    """
+    asked = _Asked.of(model, token_ids, store)
+    if asked.chain is None:
+        raise ConfigurationError(f"nothing is known of {len(asked.ids)} tokens of this model as it stands now")
+    return asked.store.forget(asked.chain, keep_tokens=keep_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A prompt as the store knows it; no ``chain`` if it cannot know it. ``limit`` is how far its state is shared."""
+
+    ids: list[int]
+    adapter: ModelAdapter
+    store: TierStack
+    chain: PrefixChain | None = None
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, token_ids: Sequence[int], store: TierStack | None) -> _Asked:
+        ids, opened = [int(token) for token in token_ids], store if store is not None else default_store()
+        module = base_module(model)
+        hooks = hooks_of(module)
+        hooks.prepare()
+        adapter = hooks.adapter
+        if adapter.shape is None or adapter.refusal or not ids:
+            return cls(ids, adapter, opened)
+        try:
+            identity = adapter.identify(module, opened.config, "sampled", len(ids))
+            limit = identity.shared_columns(len(ids), 1)
+        except (UnservedError, ValueError):
+            return cls(ids, adapter, opened)
+        chain = PrefixChain.of(ids, identity.namespace, opened.config.block_tokens)
+        return cls(ids, adapter, opened, chain, limit)

@@ -118,7 +118,8 @@ class Path:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
         self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
-        session.prefilling = (time.perf_counter(), (self.call.width - columns) * self.call.rows)
+        if not session.state.needs_pieces:
+            session.prefilling = (time.perf_counter(), (self.call.width - columns) * self.call.rows)
         return columns
 
     def _read_media(self) -> None:
@@ -161,7 +162,8 @@ class Path:
             return 0
         if session.prefilling is not None and self.call.width == 1:
             began, tokens = session.prefilling
-            self.adapter.prefill.add(tokens, self.started - began)
+            int(self.call.input_ids[0, 0])  # its device has come so far, once for each prompt
+            self.adapter.prefill.add_usual(tokens, time.perf_counter() - began)
         session.prefilling = None
         if self.call.width == 1 or self.call.width <= self.call.kept_logits:
             session.note(self.call.input_ids, past, self.call.arguments.get("position_ids"))

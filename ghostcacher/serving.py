@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +11,7 @@ from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape
 from ghostcacher.adapters.state import CacheState
-from ghostcacher.gate import LEAST_WAIT_SECONDS, Line, worth_tokens
+from ghostcacher.gate import LEAST_WAIT_SECONDS, Leg, Line, worth_tokens
 from ghostcacher.index import Candidate
 from ghostcacher.keys import BlockKey
 from ghostcacher.tiers.stack import Fetched, TierStack
@@ -63,15 +65,15 @@ def fill(
     one. The layers change in one step per attempt, once everything of it is verified; after an exception the caller
     cuts them back. ``width`` is how many columns will be needed, ``floor`` the last column at or before another at
     which the rows may be cut. ``prefill`` is what computing takes, by tokens of all rows: what takes longer to load is
-    not loaded, and nothing is waited for longer than that.
+    not loaded, and no tier is waited for longer than that.
     """
     gate = _Gate(store, shape, prefill, width, len(rows))
-    served = _attempt(store, shape, state, rows, have=have, limit=limit, width=width, floor=floor, gate=gate)
-    if served.columns < served.promised:
+    began = time.perf_counter()
+    served = _attempt(state, rows, have=have, limit=limit, floor=floor, gate=gate)
+    is_patient = time.perf_counter() - began < (gate.patience_seconds(have) or math.inf) / 2
+    if served.columns < served.promised and is_patient:
         # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
-        again = _attempt(
-            store, shape, state, rows, have=served.columns, limit=limit, width=width, floor=floor, gate=gate
-        )
+        again = _attempt(state, rows, have=served.columns, limit=limit, floor=floor, gate=gate)
         if again.columns > served.columns:
             tier = "+".join(dict.fromkeys(filter(None, [*served.tier.split("+"), *again.tier.split("+")])))
             size_bytes, lossy = served.size_bytes + again.size_bytes, served.lossy or again.lossy
@@ -79,27 +81,23 @@ def fill(
     return served
 
 
-def _attempt(
-    store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
-    floor: Floor, gate: _Gate,
-) -> Served:  # fmt: skip
-    plans = _agreed(store, rows, limit, floor) if state.has_states else _plans(store, rows)
+def _attempt(state: CacheState, rows: Sequence[Row], *, have: int, limit: int, floor: Floor, gate: _Gate) -> Served:
+    store, shape, patience = gate.store, gate.shape, gate.patience_seconds(have)
+    plans = _agreed(gate, rows, limit, floor, patience) if state.has_states else _plans(gate, rows, patience)
     target = floor(min([limit, *(plan.reach(plan.candidates) for plan in plans)]))
     known = target
     if target > have:
-        worth = gate.worth_columns(plans, have, target)
-        target = target if worth >= target else have if state.has_states else floor(worth)
+        worth = gate.worth_columns(plans, have, target, is_whole=state.has_states)
+        target = target if worth >= target else floor(worth)
     if target <= have:
         return Served(have, have, is_declined=known > have)
-    landing = Landing(state, shape, len(rows), have, width)
+    landing = Landing(state, shape, len(rows), have, gate.width)
     wanted: dict[bytes, BlockKey] = {}
     for plan in plans:
         missing = plan.missing(have, target)
         landing.expect(missing, plan.numbers, plan.row.pads)
         wanted.update({c.key.digest: c.key for c in missing})
-    fetched = store.fetch(
-        list(wanted.values()), shape.layout, landing.place, timeout_seconds=gate.patience_seconds(have)
-    )
+    fetched = store.fetch(list(wanted.values()), shape.layout, landing.place, timeout_seconds=patience)
     reached = floor(min(target, *(_reached(plan, fetched, have, target) for plan in plans)))
     if reached <= have or (state.has_states and reached < target):
         return Served(have, target)
@@ -128,39 +126,54 @@ class _Gate:
         cold = self.prefill.seconds((self.width - have) * self.rows)
         return None if cold is None else max(cold, LEAST_WAIT_SECONDS)
 
-    def worth_columns(self, plans: Sequence[_Plan], have: int, target: int) -> int:
-        """Up to which column at most ``target`` to load. Rows that differ load one after the other."""
+    def worth_columns(self, plans: Sequence[_Plan], have: int, target: int, *, is_whole: bool) -> int:
+        """Up to which column at most ``target`` to load; ``is_whole``: all of it or nothing.
+
+        What several rows have in common is loaded once, the rest one after the other.
+        """
+        columns, layout = (self.width - have) * self.rows, self.shape.layout
+        by_plan = [plan.missing(have, target) for plan in plans]
+        every = {c.key.digest: layout.bytes_of(c.key) for missing in by_plan for c in missing}
         worth = []
-        for plan in plans:
+        for plan, missing in zip(plans, by_plan, strict=True):
+            if not missing:
+                continue
+            share = sum(every.values()) / max(1, sum(layout.bytes_of(c.key) for c in missing))
             legs = [
                 replace(
                     leg, end_tokens=(min(target, plan.row.pads + leg.end_tokens) - have) * self.rows,
-                    seconds=None if leg.seconds is None else leg.seconds * len(plans),
+                    seconds=None if leg.seconds is None else leg.seconds * share,
                 )
-                for leg in self.store.legs(plan.missing(have, target), self.shape.layout)
+                for leg in self.store.legs(missing, layout)
             ]  # fmt: skip
-            tokens = worth_tokens(legs, (self.width - have) * self.rows, self.prefill)
-            worth.append(have + tokens // self.rows)
-        return min(worth)
+            worth.append(have + worth_tokens(_as_one(legs) if is_whole else legs, columns, self.prefill) // self.rows)
+        return min(worth, default=target)
 
 
-def _plans(store: TierStack, rows: Sequence[Row], limit: int | None = None) -> list[_Plan]:
+def _as_one(legs: Sequence[Leg]) -> list[Leg]:
+    seconds = [leg.seconds for leg in legs]
+    total = None if None in seconds else sum(each or 0.0 for each in seconds)
+    return [Leg("", max(leg.end_tokens for leg in legs), 0, total)] if legs else []
+
+
+def _plans(gate: _Gate, rows: Sequence[Row], patience: float | None, limit: int | None = None) -> list[_Plan]:
     alike: dict[tuple[int, bytes], list[int]] = {}
     for number, row in enumerate(rows):
         alike.setdefault((row.pads, row.chain.tokens), []).append(number)
-    return [_Plan(rows[n[0]], tuple(n), _match(store, rows[n[0]], limit)) for n in alike.values()]
+    return [_Plan(rows[n[0]], tuple(n), _match(gate.store, rows[n[0]], patience, limit)) for n in alike.values()]
 
 
-def _match(store: TierStack, row: Row, limit: int | None) -> tuple[Candidate, ...]:
+def _match(store: TierStack, row: Row, patience: float | None, limit: int | None) -> tuple[Candidate, ...]:
     if limit is None:
-        return store.match(row.chain)
-    return store.match(row.chain, limit_tokens=limit - row.pads, snapshots=True)
+        return store.match(row.chain, timeout_seconds=patience)
+    limit_tokens = limit - row.pads
+    return store.match(row.chain, limit_tokens=limit_tokens, snapshots=True, timeout_seconds=patience)
 
 
-def _agreed(store: TierStack, rows: Sequence[Row], limit: int, floor: Floor) -> list[_Plan]:
+def _agreed(gate: _Gate, rows: Sequence[Row], limit: int, floor: Floor, patience: float | None) -> list[_Plan]:
     """Plans that all reach the same column, as state without a token axis needs; the highest such column."""
     while True:
-        plans = _plans(store, rows, limit)
+        plans = _plans(gate, rows, patience, limit)
         reaches = {plan.reach(plan.candidates) for plan in plans}
         limit = floor(min(reaches))
         if reaches == {limit}:

@@ -89,7 +89,7 @@ class Session:
         self.noted_columns = self.stored_columns = 0
         self.snapshots = {}
         self.lossy_from = self.storable_columns = self.known_columns = None
-        self.last_positions = self.follows = None
+        self.last_positions = self.follows = self.prefilling = None
 
     def know(self, rows: Sequence[Row]) -> None:
         """The columns hold exactly these rows."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -92,8 +94,7 @@ class ModelAdapter:
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
                 self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
-            weights = self._weights.current(module, walk(module, self._is_ignored).tensors)
-            self.shape = replace(self.shape, layout=replace(self.shape.layout, weights=weights.base))
+            self.weigh(module)
         except UnsupportedModelError as error:
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
@@ -116,7 +117,7 @@ class ModelAdapter:
             raise UnservedError(f"peft parts of class {found.unknown}")
         if any(found.activations) and self.has_states:
             raise UnservedError("activated LoRA, and state that is valid at one length only")
-        weights = self._weights.current(module, found.tensors, always=mode == "always")
+        weights = self.weigh(module, found.tensors, always=mode == "always")
         config_now = vars(text_config(module))
         if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
             self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
@@ -130,6 +131,14 @@ class ModelAdapter:
             fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt, "rope": regime}
             self._known_namespaces[tenant] = Namespace.of(fields)
         return Identity(self._known_namespaces[tenant], found.activations)
+
+    def weigh(self, module: Any, tensors: Sequence[torch.Tensor] | None = None, *, always: bool = False) -> Weights:
+        """The digests of the weights as they are now, noted in the layout for codecs that know the model by them."""
+        found = walk(module, self._is_ignored).tensors if tensors is None else tensors
+        weights = self._weights.current(module, found, always=always)
+        if self.shape is not None and self.shape.layout.weights != weights.base:
+            self.shape = replace(self.shape, layout=replace(self.shape.layout, weights=weights.base))
+        return weights
 
     @property
     def has_states(self) -> bool:

@@ -117,6 +117,8 @@ class RowCapture:
         return tuple(_stacked(members) for members in self.snapshots[key.end])
 
     def _slices(self, key: BlockKey) -> tuple[torch.Tensor, ...]:
+        if key.start < self.held_from:
+            raise ValueError(f"state of token {key.start} is no longer held, only from {self.held_from} on")
         return tuple(
             _stacked([run.tensor.narrow(group.token_axis, key.start - run.start, key.length) for run in members])
             for group, members in zip(self.layout.groups, self.runs, strict=True)

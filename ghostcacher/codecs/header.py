@@ -143,7 +143,7 @@ class BlockHeader:
                 _digest(document["key"]), _digest(document["parent"]), _digest(document["namespace"]),
                 int(document["start"]), pack_tokens(document["tokens"]), document.get("kind") == "snapshot",
             )  # fmt: skip
-            fields = tuple(TensorField(n, f["dtype"], tuple(map(int, f["shape"]))) for n, f in header.items())
+            fields = tuple(_field(name, found) for name, found in header.items())
             parsed = cls(key, str(document["layout"]), dict(document["codec"]), bool(document["lossy"]),
                          str(document["model"]), fields, Certificate.parse(document.get("certificate")))  # fmt: skip
         except BlockError:
@@ -157,6 +157,13 @@ class BlockHeader:
     def expecting(self, key: BlockKey, layout_digest: str, fields: Sequence[TensorField]) -> BlockHeader:
         """This header with everything that the reader knows better put in its place."""
         return replace(self, key=key, layout_digest=layout_digest, fields=tuple(fields))
+
+
+def _field(name: str, found: Mapping[str, Any]) -> TensorField:
+    dtype, shape = found["dtype"], tuple(map(int, found["shape"]))
+    if dtype not in ITEM_BYTES or any(size < 0 for size in shape):
+        raise ValueError("no tensor")
+    return TensorField(name, dtype, shape)
 
 
 def spoken(record: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ from ghostcacher.errors import BlockError, ConfigurationError
 
 CLASSES = 8
 _MIDDLE_CLASS = 4
+_HALF_OCTAVE = 0.5**0.5
 _CALIBRATE = "run `ghostcacher calibrate` with this model and this store"
 
 
@@ -97,7 +98,8 @@ class KvtCodec:
         """See `fields`.
 
         Raises:
-            BlockError: ``nonfinite``: NaN, infinity, or values so large that they have no code.
+            BlockError: ``nonfinite``: NaN, infinity, or values so large that they have no code; ``tables``: a basis
+                that cannot be inverted.
         """
         coded, name = self._coded(group, piece), group.name
         if not coded:
@@ -109,7 +111,7 @@ class KvtCodec:
         check_finite(group, first, largest.to(group.spec.torch_dtype))
         codes = _times(table.analysis, values.transpose(1, 2)).div_(self.c).round_()
         codes[..., :sinks] = 0.0
-        if bool(codes.abs().amax() >= CODE_LIMIT):
+        if not bool(codes.abs().amax() < CODE_LIMIT):
             raise BlockError("nonfinite", f"{name} holds values far beyond what was calibrated")
         parts = _coder(group, coded).pack(codes, self._classes(table))
         if sinks:
@@ -130,7 +132,7 @@ class KvtCodec:
         table = self._table(group)
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         turn = turn_of(group, self._rotation, piece.start, coded)
-        dtype = torch.float32 if group.spec.dtype == "float32" else torch.bfloat16
+        dtype = torch.bfloat16 if group.spec.dtype == "bfloat16" else torch.float32
         for run, codes in _coder(group, coded).unpack(parts, self._classes(table)):
             moved = _by_token(table.basis[run].to(dtype), codes.to(dtype))
             values = torch.add(table.mean[run, None], moved.float(), alpha=self.c)
@@ -151,9 +153,13 @@ class KvtCodec:
         return coded if table is not None and table.fits(group) else 0
 
     def _classes(self, table: Table) -> torch.Tensor:
-        """Octaves of how far each channel's codes spread, ``[layers, channels]``."""
-        octaves = torch.log2((table.spread / self.c).clamp(min=2.0**-_MIDDLE_CLASS))
-        return octaves.round().add(_MIDDLE_CLASS).clamp(0, CLASSES - 1).to(torch.uint8)
+        """Octaves of how far each channel's codes spread, ``[layers, channels]``.
+
+        A reader must find the same ones: nothing here is rounded differently on another machine.
+        """
+        mantissa, exponent = torch.frexp((table.spread.double() / self.c).clamp(min=2.0**-_MIDDLE_CLASS))
+        octaves = exponent - 1 + (mantissa >= _HALF_OCTAVE).int()
+        return (octaves + _MIDDLE_CLASS).clamp(0, CLASSES - 1).to(torch.uint8)
 
 
 def _coder(group: TensorGroup, coded: int) -> SymbolCoder:

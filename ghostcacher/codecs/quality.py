@@ -64,14 +64,15 @@ class QualityCodec:
         """What is stored without a certificate is stored exactly."""
         return RawCodec()
 
-    def rungs(self, layout: KVLayout) -> Iterator[Rung]:
-        """Codecs for models of this layout, the coarsest first."""
+    def rungs(self, layout: KVLayout, kl: float) -> Iterator[Rung]:
+        """Codecs for models of this layout that may cost ``kl``, the coarsest first."""
         tables = self.source.of_model(layout.weights) if self.source is not None else None
         if tables is not None and tables.curve:
             least, most = STEP_RANGE
-            step = min(max(tables.step(self.kl / MARGIN), least), most)
-            for c in (step, max(least, step * _FINER)):
-                yield Rung(KvtCodec(c, tables), tables.kl(c))
+            step = min(tables.step(kl / MARGIN), most)
+            for c in (step, step * _FINER):
+                if c >= least:
+                    yield Rung(KvtCodec(c, tables), tables.kl(c))
         yield Rung(Int8Codec(), None)
 
 

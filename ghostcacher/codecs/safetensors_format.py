@@ -26,10 +26,12 @@ from ghostcacher.codecs.header import (
     header_bytes,
     sealed,
 )
+from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.keys import BlockKey
 
+SLACK_BYTES = 2**16
 _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items()}
 
 
@@ -84,16 +86,23 @@ class CodecChain:
         """
         if not block.has_expected_shape():
             raise BlockError("geometry", "the block's tensors do not have the shapes of its layout")
-        codec, piece = self.codec.for_layout(block.layout), Piece.of(block.key)
-        tensors: dict[str, torch.Tensor] = {}
-        for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
-            tensors.update(codec.encode(group, tensor.detach().cpu(), piece))
-        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        header = BlockHeader(
-            block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,
-            blob_fields(codec, block.layout, block.key, sizes),
-        )  # fmt: skip
-        return Coded(header, tuple(_bytes_of(tensors[field.name]) for field in header.fields))
+        coded = _coded(self.codec.for_layout(block.layout), block, model)
+        # Values that a codec was not made for may take more than they do raw, and more than a reader will read.
+        is_larger = sum(map(len, coded.parts)) > block.layout.bytes_of(block.key) + SLACK_BYTES
+        return _coded(RawCodec(), block, model) if is_larger else coded
+
+
+def _coded(codec: TensorCodec, block: KVBlock, model: str) -> Coded:
+    piece = Piece.of(block.key)
+    tensors: dict[str, torch.Tensor] = {}
+    for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
+        tensors.update(codec.encode(group, tensor.detach().cpu(), piece))
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    header = BlockHeader(
+        block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,
+        blob_fields(codec, block.layout, block.key, sizes),
+    )  # fmt: skip
+    return Coded(header, tuple(_bytes_of(tensors[field.name]) for field in header.fields))
 
 
 def decode_blob(
@@ -120,6 +129,8 @@ def decode_blob(
         raise
     except (ConfigurationError, MissingExtraError) as error:
         raise BlockError("codec", str(error)) from error
+    except MemoryError as error:
+        raise BlockError("memory", "not enough memory to decode it") from error
     except Exception as error:
         raise BlockError("frame", f"not what its codec writes ({type(error).__name__}: {error})") from error
 

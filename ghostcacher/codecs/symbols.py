@@ -7,7 +7,7 @@ whatever makes that frame smallest: without it no code could take less than a bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from ghostcacher.errors import BlockError
 
 RUN_VALUES = 2**20
 WIDTHS = (1, 2, 4)
-CODE_LIMIT = 2**30
+CODE_LIMIT = 2**24
+PLACES_LIMIT = 2**31
 _LISTED_BYTES = 3
 _LISTED_SHARE = 0.02
 _CODE_BYTES = 4
@@ -59,18 +60,28 @@ class SymbolCoder:
         )
 
     def pack(self, codes: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`fields` of whole numbers ``codes`` in fp32, whose rows are in ``classes`` ``[layers, rows]``, U8."""
+        """`fields` of whole numbers ``codes`` in fp32, whose rows are in ``classes`` ``[layers, rows]``, U8.
+
+        Raises:
+            BlockError: ``geometry``: a run has 2^31 codes or more, whose places have no number.
+        """
+        if self.runs and (self.runs[0].stop * self.rows * self.columns) >= PLACES_LIMIT:
+            raise BlockError("geometry", f"{self.name}: {self.rows * self.columns} codes in a layer of one block")
         frames: list[_Frame] = []
         for run in self.runs:
             rows, of_rows = codes[run].reshape(-1, self.columns), classes[run].reshape(-1)
             frames += [_smallest(rows, (of_rows == number).nonzero()[:, 0]) for number in range(self.classes)]
         shape = (-1, self.classes)
-        counts = torch.tensor([len(frame.listed) for frame in frames], dtype=torch.int32).view(shape)
+        counts = _numbers([len(frame.listed) for frame in frames], torch.int32).view(shape)
         name = self.name
         return {
-            f"{name}.sizes": torch.tensor([len(frame.data) for frame in frames], dtype=torch.int32).view(shape),
+            f"{name}.sizes": torch.tensor([len(frame.data) for frame in frames], dtype=torch.int32, device="cpu").view(
+                shape
+            ),
             f"{name}.listed": counts.sum(dim=1, dtype=torch.int32),
-            f"{name}.widths": torch.tensor([frame.width for frame in frames], dtype=torch.uint8).view(shape),
+            f"{name}.widths": torch.tensor([frame.width for frame in frames], dtype=torch.uint8, device="cpu").view(
+                shape
+            ),
             f"{name}.frames": _bytes(b"".join(frame.data for frame in frames)),
             f"{name}.list": _planes(torch.cat([frame.listed for frame in frames])),
         }
@@ -127,7 +138,7 @@ def _smallest(rows: torch.Tensor, chosen: torch.Tensor) -> _Frame:
     """The frame of the ``chosen`` ones of ``rows`` ``[rows, columns]``; none if all their codes are 0."""
     codes = rows[chosen]
     if not bool(codes.any()):
-        return _Frame(b"", 0, torch.empty((0, 2), dtype=torch.int32))
+        return _Frame(b"", 0, torch.empty((0, 2), dtype=torch.int32, device="cpu"))
     most = codes.numel() * _LISTED_SHARE
     frames = [frame for width in WIDTHS if (frame := _frame(codes, chosen, width, most)) is not None]
     return min(frames, key=lambda frame: frame.cost_bytes)
@@ -140,7 +151,7 @@ def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, most: float) -
     if len(out) > most and width > 1:
         return None
     places = chosen[out[:, 0]] * columns + out[:, 1]
-    listed = torch.stack([places, codes[is_out]], dim=1).to(torch.int32)
+    listed = torch.stack([places.to(torch.int32), codes[is_out].to(torch.int32)], dim=1)
     parts = (codes.clamp(-minus, minus - 1) + minus).to(torch.uint8).chunk(width, dim=1)
     symbols = parts[0].clone()
     for number, part in enumerate(parts[1:], start=1):
@@ -186,17 +197,21 @@ def _spread(frame: torch.Tensor, width: int, into: torch.Tensor, columns: int) -
 def _planes(listed: torch.Tensor) -> torch.Tensor:
     """``[codes, 2]`` int32 as one frame, byte planes apart: the upper ones are almost constant."""
     if not len(listed):
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     planes = listed.contiguous().view(torch.uint8).view(-1, 2 * _CODE_BYTES).T.contiguous()
     return _bytes(compress(planes.view(-1).numpy().data))
 
 
 def _from_planes(frame: torch.Tensor, count: int) -> torch.Tensor:
     if not count and not len(frame):
-        return torch.empty((0, 2), dtype=torch.int32)
+        return torch.empty((0, 2), dtype=torch.int32, device="cpu")
     planes = _bytes(decompress(frame.numpy().data, count * 2 * _CODE_BYTES)).view(2 * _CODE_BYTES, count)
     return planes.T.reshape(-1).view(torch.int32).view(count, 2)
 
 
 def _bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _numbers([], torch.uint8)
+
+
+def _numbers(numbers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype, device="cpu")

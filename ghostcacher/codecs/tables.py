@@ -23,6 +23,9 @@ from ghostcacher.blocks import Rotation, TensorGroup
 from ghostcacher.errors import BlockError
 
 FORMAT = 1
+STEEPEST = 8.0
+"""A curve that was measured as noise may be flat: neither it nor its inverse is followed further than that."""
+
 _BASIS_RANK = 4
 _DIGEST_CHARS = 64
 
@@ -44,7 +47,10 @@ class Table:
     def analysis(self) -> torch.Tensor:
         """The inverse of ``basis`` in fp32: state to codes."""
         # One by one: in batches, MKL's inverse fails now and then beside other threads.
-        inverses = [torch.linalg.inv(matrix) for matrix in self.basis.double().flatten(0, 1).contiguous()]
+        try:
+            inverses = [torch.linalg.inv(matrix) for matrix in self.basis.double().flatten(0, 1).contiguous()]
+        except RuntimeError as error:
+            raise BlockError("tables", "a basis that cannot be inverted") from error
         return torch.stack(inverses).view(self.basis.shape).float()
 
     @cached_property
@@ -104,10 +110,9 @@ class Tables:
             names = {name.rpartition(".")[0] for name in tensors}
             groups = {name: _checked(*(tensors[f"{name}.{p}"] for p in ("mean", "basis", "spread"))) for name in names}
             parsed = cls(groups, _rotation(document["rotation"]), _curve(document["curve"]), str(document["model"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise BlockError("tables", f"not an asset of tables ({type(error).__name__})") from error
-        if parsed.digest != digest:
-            raise BlockError("tables", "an asset that another writer made")
+        vars(parsed).update(blob=blob, digest=digest)  # as they are: another writer may order them otherwise
         return parsed
 
     def step(self, kl: float) -> float:
@@ -146,7 +151,9 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     """The line through ``points`` at ``x``, in logarithms."""
     at = next((n for n, (known, _) in enumerate(points[1:-1], start=1) if x <= known), len(points) - 1)
     (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return float(y0 * (x / x0) ** (math.log(y1 / y0) / math.log(x1 / x0)))
+    slope = math.log(y1 / y0) / math.log(x1 / x0)
+    steepest = min(max(slope, -STEEPEST), STEEPEST)
+    return float(y0 * (x / x0) ** steepest)
 
 
 def _checked(mean: torch.Tensor, basis: torch.Tensor, spread: torch.Tensor) -> Table:

@@ -89,15 +89,18 @@ def steps_of(texts: int) -> int:
 
 @dataclass(slots=True)
 class _Sums:
-    """Of one group: tokens seen, sum of state, of its products part by part, of squared gradients."""
+    """Of one group: sum of state, of its products part by part, of squared gradients, and of how many tokens.
+
+    Layers of one group may hold unequally many: windows beside full attention.
+    """
 
     group: TensorGroup
     parts: int
     state: torch.Tensor
     products: torch.Tensor
     squares: torch.Tensor
-    tokens: int = 0
-    draws: int = 0
+    tokens: torch.Tensor
+    draws: torch.Tensor
 
     @classmethod
     def of(cls, group: TensorGroup) -> _Sums:
@@ -106,26 +109,28 @@ class _Sums:
         width = heads * channels // parts
         per_channel = torch.zeros((layers, heads * channels), dtype=torch.float64)
         products = torch.zeros((layers, parts, width, width), dtype=torch.float64)
-        return cls(group, parts, per_channel, products, per_channel.clone())
+        counts = torch.zeros((layers, 1), dtype=torch.float64)
+        return cls(group, parts, per_channel, products, per_channel.clone(), counts, counts.clone())
 
     def add_state(self, place: int, state: torch.Tensor) -> None:
         """State ``[tokens, n]`` of the layer at ``place``."""
         self.state[place] += state.sum(0).cpu()
         by_part = state.view(len(state), self.parts, -1).transpose(0, 1)
         self.products[place] += (by_part.transpose(1, 2) @ by_part).cpu()
-        self.tokens += len(state) if place == 0 else 0
+        self.tokens[place] += len(state)
 
     def add_gradient(self, place: int, gradient: torch.Tensor, scored: int) -> None:
         """Gradients ``[tokens, n]`` of the log-probability of ``scored`` tokens."""
         self.squares[place] += gradient.square().sum(0).cpu() / scored
-        self.draws += len(gradient) if place == 0 else 0
+        self.draws[place] += len(gradient)
 
     def table(self) -> Table:
         """The table, at a step of its own."""
-        mean = self.state / self.tokens
+        tokens = self.tokens.clamp(min=1)
+        mean = self.state / tokens
         by_part = mean.view(len(mean), self.parts, -1)
-        covariance = self.products / self.tokens - by_part[..., :, None] * by_part[..., None, :]
-        weights = self.squares / max(1, self.draws)
+        covariance = self.products / tokens[..., None, None] - by_part[..., :, None] * by_part[..., None, :]
+        weights = self.squares / self.draws.clamp(min=1)
         # A channel whose gradients were never seen is not free: a tenth of every weight is the layer's mean.
         even = weights.mean(dim=1, keepdim=True).clamp(min=_LEAST)
         roots = ((1 - _EVEN_SHARE) * weights + _EVEN_SHARE * even).sqrt().view_as(by_part)
@@ -206,6 +211,7 @@ def _shape_of(module: Any) -> Shape:
     hooks.prepare()
     if hooks.adapter.shape is None or hooks.adapter.refusal:
         raise UnsupportedModelError(hooks.adapter.refusal or "the model's cache layout is not known")
+    hooks.adapter.weigh(module)
     return hooks.adapter.shape
 
 

@@ -22,7 +22,7 @@ from ghostcacher.research.replay import Replay
 
 PREFIX_TOKENS = 1024
 SCORED_TOKENS = 256
-MEASURED_BYTES = 96 * 2**20
+MEASURED_BYTES = 48 * 2**20
 Parts = Mapping[str, torch.Tensor]
 
 

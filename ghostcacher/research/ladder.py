@@ -28,11 +28,12 @@ def sweep(
     model: Any, texts: Sequence[torch.Tensor], codecs: Sequence[str | TensorCodec] = LADDER, *,
     table: str | os.PathLike[str] | None = None, plot: str | os.PathLike[str] | None = None,
     prefix_tokens: int = PREFIX_TOKENS, scored_tokens: int = SCORED_TOKENS, block_tokens: int = 128,
+    is_timed: bool = True,
 ) -> list[Measure]:  # fmt: skip
     """`evaluate` every codec on the same prefixes, which are computed once.
 
-    Writes ``table`` as CSV and ``plot`` as SVG (bits against KL) where they are given. Shows a progress bar on a
-    terminal.
+    ``is_timed`` as in `evaluate`. Writes ``table`` as CSV and ``plot`` as SVG (bits against KL) where they are given.
+    Shows a progress bar on a terminal.
 
     Raises:
         What `evaluate` raises.
@@ -41,7 +42,9 @@ def sweep(
         Replay.of(model, text[:, : prefix_tokens + scored_tokens], prefix_tokens, block_tokens)
         for text in tqdm(texts, desc="prefixes", disable=None)
     ]
-    measures = [evaluate(model, codec, replays) for codec in tqdm(codecs, desc="codecs", disable=None)]
+    measures = [
+        evaluate(model, codec, replays, is_timed=is_timed) for codec in tqdm(codecs, desc="codecs", disable=None)
+    ]
     if table is not None:
         _write(measures, Path(table))
     if plot is not None:

@@ -91,6 +91,11 @@ def checked_key(key: str) -> str:
     return key
 
 
+def is_key(text: str) -> bool:
+    """Whether ``text`` may be a store key; see `checked_key`."""
+    return _KEY.fullmatch(text) is not None
+
+
 def relative_path(key: str) -> str:
     """``v1/<namespace>/<2 hex>/<key>.safetensors`` for ``<namespace>/<key>``; see `checked_key`."""
     namespace, digest = checked_key(key).split("/")

@@ -6,28 +6,32 @@ memory limit and ``maxmemory-policy allkeys-lru``: what it evicts is a miss, and
 
 from __future__ import annotations
 
-import functools
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError, StoreTimeoutError
-from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key
+from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError, StoreRefusedError, StoreTimeoutError
+from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, is_key
 
 SCHEMES = frozenset({"redis", "rediss", "redis+cluster", "rediss+cluster"})
 CONNECT_TIMEOUT_SECONDS = 0.5
 VALUE_LIMIT_BYTES = 512 * 2**20
+LISTED_AT_ONCE = 1000
 _PREFIX = "ghostcacher/v1/"
-_SCAN_COUNT = 1000
 _CLUSTER = "+cluster"
+_OUTAGES = frozenset(
+    {"BusyLoadingError", "ClusterDownError", "MasterDownError", "TryAgainError", "AuthenticationError"}
+)
+"""Answers of a server that will not do anything now; others say no to what was asked."""
 
 
 class RedisStore:
     """Strings under ``ghostcacher/v1/<namespace>/<key>``.
 
-    No call is retried, and a server that does not accept a connection within 0.5 s, or does not answer within
-    ``timeout_seconds``, is an error. After a failover a cluster's nodes are looked up again by the client.
+    A server that does not accept a connection within 0.5 s, or does not answer within ``timeout_seconds``, is an error.
+    Nothing is retried but what redis-py sends again to a cluster whose nodes have moved.
     """
 
     name = "remote"
@@ -36,17 +40,23 @@ class RedisStore:
         """Connects on first use, not here. User, password and TLS options stand in ``url``, as redis-py takes them.
 
         Raises:
-            ConfigurationError: ``url`` is not one of redis-py's.
+            ConfigurationError: ``url`` is not one of redis-py's, or names a database of a cluster.
             MissingExtraError: redis-py is not installed.
         """
-        self.scheme = url.partition("://")[0]
-        self._url = url.replace(_CLUSTER, "", 1)
-        self._timeout_seconds = timeout_seconds
-        redis = _redis()
-        try:
-            redis.connection.parse_url(self._url)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"remote={_shown(url)!r} is no URL for Redis: redis://host:6379/0") from error
+        scheme, _, rest = url.partition("://")
+        self._is_cluster = scheme.endswith(_CLUSTER)
+        self._url = f"{scheme.removesuffix(_CLUSTER)}://{rest}"
+        self._lock = threading.Lock()
+        self._opened: Any = None
+        retry = importlib.import_module("redis.retry") if _redis() else None
+        never = retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0) if retry else None
+        self._options: dict[str, Any] = {
+            "socket_timeout": timeout_seconds, "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "retry": never,
+            "decode_responses": False,
+        }  # fmt: skip
+        problem = self._problem()
+        if problem:
+            raise ConfigurationError(f"remote={_shown(url)!r} {problem}; write redis://host:6379/0")
 
     def __repr__(self) -> str:
         return f"RedisStore({_shown(self._url)})"
@@ -68,12 +78,14 @@ class RedisStore:
         """See `Store.put_many`.
 
         Raises:
-            StoreError: not every value was written: the server is full, read-only, or not there; or a value is
-                above Redis' 512 MiB.
+            StoreRefusedError: the server is full, or lets nobody write; or a value is above Redis' 512 MiB.
+            StoreError: it is not there.
         """
         values = {key: b"".join(blob) for key, blob in items.items()}
         if any(len(value) > VALUE_LIMIT_BYTES for value in values.values()):
-            raise StoreError("a block above 512 MiB, the limit of Redis: open the store with smaller block_tokens")
+            raise StoreRefusedError(
+                "a block above the 512 MiB that Redis takes: open the store with smaller block_tokens"
+            )
         self._all_well("write", values, lambda pipe, name: pipe.set(name, values[name.removeprefix(_PREFIX)]))
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
@@ -88,10 +100,22 @@ class RedisStore:
     def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
         """See `Store.list_keys`. Times are those of the last use, where the server keeps them."""
         try:
-            names = [name.decode() for name in self._client.scan_iter(f"{_PREFIX}{prefix}*", count=_SCAN_COUNT)]
-        except _failures() as error:
-            raise _error("list", error) from error
-        keys = [name.removeprefix(_PREFIX) for name in names]
+            found = list(self._client().scan_iter(f"{_PREFIX}{prefix}*", count=LISTED_AT_ONCE))
+        except Exception as error:  # noqa: BLE001 (what redis-py raises has more than one root)
+            raise _error("list", error) from None
+        names = (name.decode(errors="replace").removeprefix(_PREFIX) for name in found)
+        keys = [key for key in dict.fromkeys(names) if is_key(key)]
+        for begin in range(0, len(keys), LISTED_AT_ONCE):
+            yield from self._entries(keys[begin : begin + LISTED_AT_ONCE])
+
+    def close(self) -> None:
+        """Close the connections; a later call opens them again."""
+        with self._lock:
+            client, self._opened = self._opened, None
+        if client is not None:
+            client.close()
+
+    def _entries(self, keys: Sequence[str]) -> Iterator[StoredEntry]:
         sizes = self._pipelined("list", keys, lambda pipe, name: pipe.strlen(name))
         idle = self._pipelined("list", keys, lambda pipe, name: pipe.object("idletime", name))
         now = time.time()
@@ -99,24 +123,24 @@ class RedisStore:
             if isinstance(size, int) and size:
                 yield StoredEntry(key, size, now - seconds if isinstance(seconds, int) else now)
 
-    def close(self) -> None:
-        """Close the connections; a later call opens them again."""
-        client = self.__dict__.pop("_client", None)
-        if client is not None:
-            client.close()
-
-    @functools.cached_property
-    def _client(self) -> Any:
-        redis, never = _redis(), importlib.import_module("redis.retry")
-        options: dict[str, Any] = {
-            "socket_timeout": self._timeout_seconds, "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
-            "retry": never.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0),
-        }  # fmt: skip
-        make = redis.RedisCluster if self.scheme.endswith(_CLUSTER) else redis.Redis
+    def _problem(self) -> str | None:
+        """What is wrong with the URL, without repeating any of it: a password may be what was misread."""
+        redis = _redis()
         try:
-            return make.from_url(self._url, **options)
-        except _failures() as error:
-            raise _error("connect", error) from error
+            given = redis.connection.parse_url(self._url)
+            made = redis.ConnectionPool.from_url(self._url, **self._options)
+            made.connection_class(**made.connection_kwargs)
+        except Exception as error:  # noqa: BLE001 (see `list_keys`)
+            return f"is no URL that redis-py takes ({type(error).__name__}; / ? # @ in a password are written in %XX)"
+        return "names a database, and a cluster has none" if self._is_cluster and given.get("db") else None
+
+    def _client(self) -> Any:
+        """The client, which makes its connections when they are needed; a cluster's asks for its nodes at once."""
+        with self._lock:
+            if self._opened is None:
+                make = _redis().RedisCluster if self._is_cluster else _redis().Redis
+                self._opened = make.from_url(self._url, **self._options)
+            return self._opened
 
     def _pipelined(self, what: str, keys: Sequence[str], add: Callable[[Any, str], object]) -> list[Any]:
         """Answers to one command for each key, exceptions among them."""
@@ -124,12 +148,12 @@ class RedisStore:
         if not names:
             return []
         try:
-            pipe = self._client.pipeline(transaction=False)
+            pipe = self._client().pipeline(transaction=False)
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
-        except _failures() as error:
-            raise _error(what, error) from error
+        except Exception as error:  # noqa: BLE001 (see `list_keys`)
+            raise _error(what, error) from None
         return answers
 
     def _all_well(
@@ -137,7 +161,7 @@ class RedisStore:
     ) -> list[Any]:
         answers = self._pipelined(what, list(keys), add)
         if failed := next((answer for answer in answers if isinstance(answer, Exception)), None):
-            raise _error(what, failed) from failed
+            raise _error(what, failed)
         return answers
 
 
@@ -148,19 +172,16 @@ def _redis() -> Any:
         raise MissingExtraError("redis", "redis", "remote=redis://") from error
 
 
-def _failures() -> tuple[type[BaseException], ...]:
-    """What redis-py raises for a server that does not do what it was asked; a cluster without nodes has its own."""
-    exceptions = importlib.import_module("redis.exceptions")
-    return (exceptions.RedisError, OSError)
-
-
 def _error(what: str, error: BaseException) -> StoreError:
-    """Without the client's words: they may repeat what was sent."""
-    kind = StoreTimeoutError if "Timeout" in type(error).__name__ else StoreError
-    return kind(f"cannot {what} at Redis: {type(error).__name__}")
+    """Without the client's words, and never chained to them: they may repeat what was sent, a password included."""
+    name = type(error).__name__
+    answers = importlib.import_module("redis.exceptions").ResponseError
+    kind = StoreRefusedError if isinstance(error, answers) and name not in _OUTAGES else StoreError
+    kind = StoreTimeoutError if "Timeout" in name else kind
+    return kind(f"cannot {what} at Redis: {name}")
 
 
 def _shown(url: str) -> str:
     """``url`` without user, password and options, however malformed."""
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

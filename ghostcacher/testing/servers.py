@@ -73,8 +73,8 @@ def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
         FileNotFoundError: neither Redis nor Valkey is installed.
     """
     server = _server(folder, options)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()

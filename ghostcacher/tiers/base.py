@@ -85,15 +85,18 @@ class Offer:
         self._model = model
         self._stored = stored
         self._coded: dict[CodecChain, Coded] = {}
+        self._certified: dict[str, Coded] = {}
 
-    def add(self, chain: CodecChain, coded: Coded) -> None:
-        """What `coded` shall answer for ``chain``."""
-        self._coded[chain] = coded
+    def add(self, tier: str, coded: Coded) -> None:
+        """What `coded` shall answer to the tier of that name."""
+        self._certified[tier] = coded
 
-    def coded(self, chain: CodecChain) -> Coded:
-        """The block encoded by ``chain``; raises what `CodecChain.code` raises."""
+    def coded(self, chain: CodecChain, tier: str) -> Coded:
+        """The block for ``tier``, encoded by ``chain``; raises what `CodecChain.code` raises."""
         if self._stored is not None:
             return self._stored
+        if tier in self._certified:
+            return self._certified[tier]
         if chain not in self._coded:
             self._coded[chain] = chain.code(self.block, model=self._model)
         return self._coded[chain]
@@ -113,10 +116,16 @@ class Tier(Protocol):
         """Seconds to load, by bytes of state; None if it takes as good as none."""
         ...
 
-    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
-        """Bring the index up to date with what others may have stored of ``chain``. Never raises.
+    @property
+    def asking(self) -> Line | None:
+        """Seconds that a `refresh` takes; None if it takes as good as none."""
+        ...
 
-        ``snapshots``: whether state without a token axis is of interest too.
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False, timeout_seconds: float | None = None) -> None:
+        """Bring the index up to date with what others may have stored of ``chain``. Raises in strict tiers only.
+
+        ``snapshots``: whether state without a token axis is of interest too. A remote store is not waited for longer
+        than ``timeout_seconds``, or its own limit.
         """
         ...
 

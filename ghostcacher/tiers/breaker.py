@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from ghostcacher.errors import StoreError
+from ghostcacher.errors import StoreError, StoreRefusedError
 from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry
 
 FAILURES = 3
@@ -19,7 +19,8 @@ _Result = TypeVar("_Result")
 class BreakerStore:
     """A store that is not asked after 3 failures in a row: for 5 s, then one call probes it, then for twice as long.
 
-    While it is out every call raises StoreError at once. At most 300 s pass between probes; one success ends it.
+    While it is out every call raises StoreError at once. At most 300 s pass between probes; one success ends it. A
+    store that is there but says no to what was asked (StoreRefusedError) has not failed. Calls about nothing count not.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,6 +31,7 @@ class BreakerStore:
         self._failures = 0
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._out_until: float | None = None
+        self._is_probed = False
 
     @property
     def is_out(self) -> bool:
@@ -40,6 +42,8 @@ class BreakerStore:
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
     ) -> Mapping[str, Buffer | StoreError]:
         """See `Store.get_many`. Values that could not be read count as a failure of the call."""
+        if not keys:
+            return {}
         return self._asked(
             lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
             lambda values: any(isinstance(value, StoreError) for value in values.values()),
@@ -47,14 +51,20 @@ class BreakerStore:
 
     def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
         """See `Store.put_many`."""
+        if not items:
+            return
         self._asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds))
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""
+        if not keys:
+            return frozenset()
         return self._asked(lambda: self._store.contains_many(keys, timeout_seconds=timeout_seconds))
 
     def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
         """See `Store.delete_many`."""
+        if not keys:
+            return
         self._asked(lambda: self._store.delete_many(keys, timeout_seconds=timeout_seconds))
 
     def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
@@ -62,31 +72,36 @@ class BreakerStore:
         return iter(self._asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
 
     def _asked(self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False) -> _Result:
-        self._enter()
+        is_probe = self._enter()
         try:
             result = call()
-        except StoreError:
-            self._leave(has_failed=True)
+        except StoreRefusedError:
+            self._leave(is_probe=is_probe, has_failed=False)
             raise
-        self._leave(has_failed=has_failed(result))
+        except Exception:
+            self._leave(is_probe=is_probe, has_failed=True)
+            raise
+        self._leave(is_probe=is_probe, has_failed=has_failed(result))
         return result
 
-    def _enter(self) -> None:
-        """Refuse the call, or let it through; while the store is out, one probe at a time."""
+    def _enter(self) -> bool:
+        """Refuse the call, or let it through: whether it is the one that probes a store that is out."""
         with self._lock:
             if self._out_until is None:
-                return
-            if self._clock() < self._out_until:
+                return False
+            if self._is_probed or self._clock() < self._out_until:
                 raise StoreError(f"tier {self.name} is out after {self._failures} failures; asked again later")
-            self._out_until = self._clock() + self._pause_seconds
+            self._is_probed = True
+            return True
 
-    def _leave(self, *, has_failed: bool) -> None:
+    def _leave(self, *, is_probe: bool, has_failed: bool) -> None:
         with self._lock:
+            if is_probe:
+                self._is_probed = False
+                self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
             if not has_failed:
                 self._failures, self._pause_seconds, self._out_until = 0, FIRST_PAUSE_SECONDS, None
                 return
             self._failures += 1
-            if self._out_until is not None:
-                self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
-            if self._failures >= FAILURES:
+            if self._failures >= FAILURES and (is_probe or self._out_until is None):
                 self._out_until = self._clock() + self._pause_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +27,12 @@ Reject = Callable[[str, str], None]
 class Catalog(Protocol):
     """Keeps a tier's index in step with its store."""
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
+    def refresh(
+        self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False, timeout_seconds: float = math.inf
+    ) -> None:
         """Add to ``index`` what the store holds of ``chain``, with its snapshots if they are of interest.
+
+        A remote store is not waited for longer than ``timeout_seconds``.
 
         Raises:
             StoreError: the store did not answer.
@@ -52,7 +57,9 @@ class ListingCatalog:
         self._seen: dict[str, int] = {}
         self._known: dict[str, set[str]] = {}
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
+    def refresh(
+        self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False, timeout_seconds: float = math.inf
+    ) -> None:
         """See `Catalog.refresh`."""
         self._refresh(self._store.buckets(chain.namespace.hex), index)
 
@@ -119,13 +126,16 @@ class ProbingCatalog:
         self._store = store
         self._timeout_seconds = timeout_seconds
 
-    def refresh(self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False) -> None:
+    def refresh(
+        self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False, timeout_seconds: float = math.inf
+    ) -> None:
         """See `Catalog.refresh`."""
         ends = list(_candidates(chain))
         if snapshots:
             ends += [chain.snapshot(key.end) for key in ends]
         candidates = {key.store_key: key for key in ends if key.digest not in index}
-        present = self._store.contains_many(list(candidates), timeout_seconds=self._timeout_seconds)
+        allowed_seconds = min(self._timeout_seconds, timeout_seconds)
+        present = self._store.contains_many(list(candidates), timeout_seconds=allowed_seconds)
         for name in present:
             index.add(candidates[name], 0)
 

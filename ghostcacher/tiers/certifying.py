@@ -80,15 +80,30 @@ def certify(tier: EncodedTier, capture: Replayable, keys: Sequence[BlockKey], mo
     exact = capture.guard.trial(chain, len(chain)) if capture.guard is not None and whole else None
     if exact is None or not isinstance(budget, QualityCodec):
         return {}
+    spent = _spent(tier, capture.block(whole[0]), [key for key in exact.keys if key not in whole])
+    if spent >= budget.kl:
+        return {}
     expected = _replayed(exact, tier, capture, {})
-    for rung in budget.rungs(capture.layout):
+    for rung in budget.rungs(capture.layout, budget.kl - spent):
         coded = _coded(rung, capture, whole, model)
         trial = capture.guard.trial(chain, len(chain)) if coded and capture.guard is not None else None
         kl = divergence(expected, _replayed(trial, tier, capture, coded)) if trial is not None else math.inf
-        if kl * MARGIN <= budget.kl:
-            certificate = Certificate(budget.kl, rung.predicted, max(0.0, kl))
+        if kl * MARGIN <= budget.kl - spent:
+            certificate = Certificate(budget.kl, rung.predicted, spent + max(0.0, kl))
             return {digest: each.certified(certificate) for digest, each in coded.items()}
     return {}
+
+
+def _spent(tier: EncodedTier, block: KVBlock, ancestors: Sequence[BlockKey]) -> float:
+    """What the state below ``block`` has cost already, if it was restored: a replay cannot see that.
+
+    All of a budget if what was restored has no certificate.
+    """
+    if not block.lossy:
+        return 0.0
+    entries = [tier.index.get(key.digest) for key in ancestors]
+    costs = [math.inf if entry is None or (entry.lossy and entry.kl is None) else entry.kl or 0.0 for entry in entries]
+    return max(costs, default=math.inf)
 
 
 def _coded(rung: Rung, capture: Replayable, keys: Sequence[BlockKey], model: str) -> dict[bytes, Coded]:

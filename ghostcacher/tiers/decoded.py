@@ -25,6 +25,7 @@ class DecodedTier:
     is_local = True
     is_lossy = False
     loading = None
+    asking = None
 
     def __init__(
         self, name: str, budget_bytes: int, policy: EvictionPolicy, observe: Observer, *,
@@ -41,7 +42,7 @@ class DecodedTier:
         self._lock = threading.Lock()
         self._counts = Counts()
 
-    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False, timeout_seconds: float | None = None) -> None:
         """Nothing to do: only this process stores here."""
 
     def get(self, key: BlockKey) -> KVBlock | None:

@@ -35,7 +35,7 @@ from ghostcacher.tiers.counts import Counts
 
 SWEEP_SHARE = 0.05
 BATCH_BLOCKS = 2
-_KEEP = frozenset({"version", "lossy", "codec"})
+_KEEP = frozenset({"version", "lossy", "codec", "memory"})
 
 
 class _PerThread(threading.local):
@@ -46,13 +46,13 @@ class _PerThread(threading.local):
 
 
 class EncodedTier:
-    """Blobs in ``store``. A store that fails is a miss, or raises if ``strict``."""
+    """Blobs in ``store``. A store that fails is a miss, or raises if ``strict``; ``is_read_only`` changes none."""
 
     def __init__(
         self, name: str, store: Store, chain: CodecChain, policy: EvictionPolicy, observe: Observer, *,
         is_local: bool, timeout_seconds: float, budget_bytes: int | None = None, strict: bool = False,
         sweep_lock: AbstractContextManager[object] | None = None, spread: Spread = one_by_one,
-        touch_store: Callable[[Sequence[str]], None] | None = None,
+        touch_store: Callable[[Sequence[str]], None] | None = None, is_read_only: bool = False,
     ) -> None:  # fmt: skip
         self.name = name
         self.is_local = is_local
@@ -62,22 +62,30 @@ class EncodedTier:
         self.is_lossy = chain.codec.lossy
         self.index = PrefixIndex()
         self.loading = Line()
+        self.asking = Line()
         self.catalog: Catalog | None = None
-        self._store = store
+        self.store = store
         self._policy = policy
         self._observe = observe
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._strict = strict
         self._sweep_lock = sweep_lock or contextlib.nullcontext()
         self._spread = spread
-        self._touch_store = touch_store
+        self._touch_store = None if is_read_only else touch_store
+        self._is_read_only = is_read_only
         self._counts = Counts()
 
-    def refresh(self, chain: PrefixChain, *, snapshots: bool = False) -> None:
+    def refresh(self, chain: PrefixChain, *, snapshots: bool = False, timeout_seconds: float | None = None) -> None:
         """See `Tier.refresh`."""
-        with self._errors_counted("look up"):
-            if self.catalog:
-                self.catalog.refresh(chain, self.index, snapshots=snapshots)
+        if self.catalog is None:
+            return
+        allowed_seconds = min(self.timeout_seconds, timeout_seconds or self.timeout_seconds)
+        began, failures = time.monotonic(), list[StoreError]()
+        with self._errors_counted("look up", failures):
+            self.catalog.refresh(chain, self.index, snapshots=snapshots, timeout_seconds=allowed_seconds)
+        elapsed_seconds = time.monotonic() - began
+        if not failures or elapsed_seconds > allowed_seconds / 2:
+            self.asking.add(1, 2 * elapsed_seconds if failures else elapsed_seconds)
 
     def fetch(
         self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
@@ -87,32 +95,39 @@ class EncodedTier:
         placed: set[bytes] = set()
         own = _PerThread()
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
-        allowed_seconds = min(self._timeout_seconds, timeout_seconds or self._timeout_seconds)
-        began, errors = time.monotonic(), self._counts["errors"]
+        allowed_seconds = min(self.timeout_seconds, timeout_seconds or self.timeout_seconds)
+        failures: list[StoreError] = []
+        began = time.monotonic()
 
         def read(batch: Sequence[BlockKey]) -> None:
-            for key, blob in self._read(batch, limit_bytes, allowed_seconds):
+            for key, blob in self._read(batch, limit_bytes, allowed_seconds, failures):
                 if self._place(key, blob, layout, place, own.scratch, exact_only=exact_only):
                     placed.add(key.digest)
 
         with self.index.pinned([key.digest for key in keys]):
             self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))
         self._counts.add("hits", len(placed))
-        # What failed took its time for all that was asked; what is gone says nothing of the rest.
-        taken = [key for key in keys if key.digest in placed] or (keys if self._counts["errors"] > errors else [])
-        if taken:
-            self.loading.add(sum(map(layout.bytes_of, taken)), time.monotonic() - began)
+        elapsed_seconds = time.monotonic() - began
+        if placed and not failures:
+            self.loading.add(sum(layout.bytes_of(key) for key in keys if key.digest in placed), elapsed_seconds)
+        elif failures and elapsed_seconds > allowed_seconds / 2:
+            # Given up, not measured: it would have taken longer. What fails at once is the breaker's business.
+            self.loading.add(sum(map(layout.bytes_of, keys)), 2 * max(elapsed_seconds, allowed_seconds))
         return frozenset(placed)
 
     def wants(self, key: BlockKey, *, lossy: bool) -> bool:
-        """See `Tier.wants`: what is new, and exact blocks in place of lossy ones."""
-        return not self.index.covers(key, exact_only=not lossy and not self.chain.codec.lossy)
+        """See `Tier.wants`: what is new, and exact blocks in place of lossy ones; nothing if it only reads."""
+        return not self._is_read_only and not self.index.covers(
+            key, exact_only=not lossy and not self.chain.codec.lossy
+        )
 
     def offer(self, offer: Offer) -> bool:
         """See `Tier.offer`."""
         key = offer.block.key
+        if self._is_read_only:
+            return False
         try:
-            coded = offer.coded(self.chain)
+            coded = offer.coded(self.chain, self.name)
         except BlockError as error:
             self._observe(CacheEvent("dropped", error.reason, self.name, key.length))
             return False
@@ -124,7 +139,7 @@ class EncodedTier:
             return False
         with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
             if has_room:
-                self._store.put_many({key.store_key: blob}, timeout_seconds=self._timeout_seconds)
+                self.store.put_many({key.store_key: blob}, timeout_seconds=self.timeout_seconds)
                 is_written = True
             else:
                 self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
@@ -141,13 +156,13 @@ class EncodedTier:
         gone = list(keys)
         for key in gone:
             self.index.remove(key.digest)
-        if gone:
+        if gone and not self._is_read_only:
             with self._errors_counted("delete"):
-                self._store.delete_many([key.store_key for key in gone], timeout_seconds=self._timeout_seconds)
+                self.store.delete_many([key.store_key for key in gone], timeout_seconds=self.timeout_seconds)
 
     def stored(self, key: BlockKey, layout: KVLayout) -> Coded | None:
         """See `Tier.stored`."""
-        for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES, self._timeout_seconds):
+        for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES, self.timeout_seconds, []):
             try:
                 return Coded.parse(blob, key)
             except BlockError as error:
@@ -166,9 +181,9 @@ class EncodedTier:
         self._counts.add("rejected")
         self._observe(CacheEvent("rejected", reason, self.name))
         self.index.remove(bytes.fromhex(store_key[-64:]))
-        if reason not in _KEEP:
+        if reason not in _KEEP and not self._is_read_only:
             with self._errors_counted("delete"):
-                self._store.delete_many([store_key], timeout_seconds=self._timeout_seconds)
+                self.store.delete_many([store_key], timeout_seconds=self.timeout_seconds)
 
     def entries(self) -> Iterator[BlockKey]:
         """See `Tier.entries`."""
@@ -185,10 +200,10 @@ class EncodedTier:
         )  # fmt: skip
 
     def _read(
-        self, batch: Sequence[BlockKey], limit_bytes: int, timeout_seconds: float
+        self, batch: Sequence[BlockKey], limit_bytes: int, timeout_seconds: float, failures: list[StoreError]
     ) -> Iterator[tuple[BlockKey, Buffer]]:
-        with self._errors_counted("read"):
-            values = self._store.get_many(
+        with self._errors_counted("read", failures):
+            values = self.store.get_many(
                 [key.store_key for key in batch], limit_bytes=limit_bytes, timeout_seconds=timeout_seconds
             )
             for key in batch:
@@ -254,12 +269,14 @@ class EncodedTier:
             self._observe(CacheEvent("evicted", reason, self.name, tokens, size_bytes))
 
     @contextlib.contextmanager
-    def _errors_counted(self, what: str) -> Iterator[None]:
+    def _errors_counted(self, what: str, failures: list[StoreError] | None = None) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield
         except StoreError as error:
             self._counts.add("errors")
+            if failures is not None:
+                failures.append(error)
             reason = f"cannot {what}: {error.strerror or error}"
             self._observe(CacheEvent("error", reason, self.name, seconds=time.monotonic() - started))
             if self._strict:

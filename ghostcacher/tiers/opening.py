@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
-from ghostcacher.config import StoreConfig, physical_memory_bytes
+from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
 from ghostcacher.events import CacheEvent, LogObserver, Observer
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.stores.base import Store
@@ -47,6 +47,8 @@ def open_store(
     quality: float | None = None,
     block_tokens: int = 128,
     salt: str | None = None,
+    role: Role = "writer",
+    admit: Admission = "always",
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
 ) -> TierStack:
     """Open a store; close it with ``close()`` or as a context manager.
@@ -70,6 +72,10 @@ def open_store(
             ``generate``, and what does not keep the budget is stored finer.
         block_tokens: tokens in a block, 16 to 4096.
         salt: isolates tenants: other salts never see these blocks, in any tier.
+        role: ``"reader"`` takes from disk and remote what others store there, and neither stores, deletes nor marks
+            anything as used; RAM is its own.
+        admit: ``"second-sight"`` stores a block on disk and remotely when it is computed for the second time (by this
+            process): prompts that are seen once leave nothing there.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
@@ -80,6 +86,7 @@ def open_store(
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
+        role=role, admit=admit,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 
@@ -133,7 +140,7 @@ def _disk_tier(
     tier = EncodedTier(
         "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
         budget_bytes=config.disk_bytes, strict=config.strict, spread=readers, touch_store=store.touch_many,
-        sweep_lock=FileLock(store.root / ".sweep.lock", mode=0o600),
+        sweep_lock=FileLock(store.root / ".sweep.lock", mode=0o600), is_read_only=config.role == "reader",
     )  # fmt: skip
     tier.catalog = ListingCatalog(store, tier.reject)
     return tier
@@ -151,7 +158,7 @@ def _remote_tier(
     timeout_seconds = config.remote_timeout_seconds
     tier = EncodedTier(
         "remote", store, chain, LeastRecentlyUsed(), observe, is_local=False, timeout_seconds=timeout_seconds,
-        strict=config.strict, spread=readers,
+        strict=config.strict, spread=readers, is_read_only=config.role == "reader",
     )  # fmt: skip
     tier.catalog = ProbingCatalog(store, timeout_seconds)
     return tier

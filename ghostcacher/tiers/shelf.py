@@ -6,12 +6,12 @@ An asset lies under ``<TABLES>/<SHA-256 of its bytes>``, which of them a model's
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.quality import QualityCodec
@@ -24,6 +24,7 @@ from ghostcacher.stores.base import Store
 ASSET_LIMIT_BYTES = 2**30
 LOOK_AGAIN_SECONDS = 30.0
 _NAME_BYTES = 64
+_Found = TypeVar("_Found")
 
 
 class Shelf:
@@ -47,24 +48,20 @@ class Shelf:
     def of_model(self, weights: str) -> Tables | None:
         """See `TablesSource.of_model`."""
         with self._lock:
-            if weights not in self._names:
-                found = self._read(_pointer(weights), _NAME_BYTES)
-                if found is None or not is_digest(name := bytes(found).decode("ascii", "replace")):
-                    return None
-                self._names[weights] = name
-        return self.named(self._names[weights])
+            name = self._names.get(weights) or self._found(_pointer(weights), _NAME_BYTES, _name_in)
+        found = self.named(name) if name is not None else None
+        if name is not None and found is not None:
+            self._names[weights] = name
+        return found
 
     def named(self, digest: str) -> Tables | None:
         """See `TablesSource.named`."""
         with self._lock:
             if digest not in self._tables:
-                blob = self._read(digest, ASSET_LIMIT_BYTES)
-                if blob is None:
+                found = self._found(digest, ASSET_LIMIT_BYTES, lambda blob: _tables_in(blob, digest))
+                if found is None:
                     return None
-                try:
-                    self._tables[digest] = Tables.parse(bytes(blob), digest)
-                except BlockError:
-                    return None
+                self._tables[digest] = found
             return self._tables[digest]
 
     def put(self, tables: Tables, weights: str) -> None:
@@ -84,26 +81,41 @@ class Shelf:
         """Keep the tables named ``digest``, if that is a name, in every store that will take them."""
         if not is_digest(digest) or digest in self._spread or (found := self.named(str(digest))) is None:
             return
-        self._spread.add(found.digest)
         key = f"{TABLES.hex}/{found.digest}"
-        for store in self._stores:
-            with contextlib.suppress(StoreError):
+        try:
+            for store in self._stores:
                 if not store.contains_many([key], timeout_seconds=self._timeout_seconds):
                     store.put_many({key: [found.blob]}, timeout_seconds=self._timeout_seconds)
+        except StoreError:
+            return
+        self._spread.add(found.digest)
 
-    def _read(self, name: str, limit_bytes: int) -> bytes | bytearray | memoryview | None:
-        """From the first store that has it; not asked again soon if none does."""
+    def _found(self, name: str, limit_bytes: int, parse: Callable[[bytes], _Found | None]) -> _Found | None:
+        """What the first store has that has it whole; not asked for again soon if none does."""
         if self._missed.get(name, 0.0) > time.monotonic():
             return None
         key = f"{TABLES.hex}/{name}"
         for store in self._stores:
             try:
-                found = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=self._timeout_seconds).get(key)
+                blob = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=self._timeout_seconds).get(key)
             except StoreError:
                 continue
-            if found is not None and not isinstance(found, StoreError):
+            found = parse(bytes(blob)) if blob is not None and not isinstance(blob, StoreError) else None
+            if found is not None:
                 return found
         self._missed[name] = time.monotonic() + LOOK_AGAIN_SECONDS
+        return None
+
+
+def _name_in(blob: bytes) -> str | None:
+    name = blob.decode("ascii", "replace")
+    return name if is_digest(name) else None
+
+
+def _tables_in(blob: bytes, digest: str) -> Tables | None:
+    try:
+        return Tables.parse(blob, digest)
+    except BlockError:
         return None
 
 

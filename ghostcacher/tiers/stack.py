@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeGuard
+from typing import Self
 
 from ghostcacher.blocks import KVBlock, KVLayout
-from ghostcacher.codecs.quality import QualityCodec
-from ghostcacher.codecs.safetensors_format import Coded
 from ghostcacher.config import StoreConfig
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
 from ghostcacher.gate import RETRY_SECONDS, Leg
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
-from ghostcacher.tiers.base import Offer, Place, Tier, TierStats
-from ghostcacher.tiers.certifying import Replayable, certify
+from ghostcacher.tiers.admission import SecondSight
+from ghostcacher.tiers.base import Place, Tier
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
-from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.forgetting import forget, purge
 from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.shelf import Shelf
+from ghostcacher.tiers.stats import StoreStats
+from ghostcacher.tiers.storing import Capture, Storing
 from ghostcacher.tiers.writer import Job, Writer
 
 PENDING_WAIT_SECONDS = 0.5
 _LIKENESS_TOKENS = 16
-
-
-class Capture(Replayable, Protocol):
-    """State of a model's cache that may be stored: read later, on the writer's thread."""
-
-    @property
-    def begun(self) -> PrefixChain:
-        """The tokens known when it was captured."""
-        ...
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that it keeps alive."""
-        ...
-
-    def keys(self) -> Sequence[BlockKey]:
-        """Keys of the blocks to store, parents first."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +44,6 @@ class Fetched:
         return candidates[:hole]
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """Counts of one store since it was opened."""
-
-    tiers: tuple[TierStats, ...]
-    prompts: int
-    hits: int
-    prompt_tokens: int
-    cached_tokens: int
-    bypassed: dict[str, int]
-    queued: int
-    dropped: int
-    failed: int
-    healthy: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """For printing as JSON."""
-        return asdict(self)
-
-
 class TierStack:
     """Several tiers as one. ``match`` is a hint; ``fetch`` may give less; ``submit`` returns at once."""
 
@@ -95,7 +57,9 @@ class TierStack:
         self.shelf = shelf
         self._writer = writer
         self._readers = readers
-        self.has_budget = any(map(_has_budget, tiers))
+        second_sight = SecondSight() if config.admit == "second-sight" else None
+        self._storing = Storing(tiers, shelf, self.observe, second_sight)
+        self._has_near = any(isinstance(tier, DecodedTier) for tier in tiers)
         self._exact_only = not any(tier.is_lossy for tier in tiers)
         self._counts = Counts()
         self._pending: list[Capture] = []
@@ -112,13 +76,20 @@ class TierStack:
     ) -> None:
         self.close()
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether any tier is told what its blocks may cost, rather than a codec."""
+        return self._storing.has_budget
+
     def match(
-        self, chain: PrefixChain, *, limit_tokens: int | None = None, snapshots: bool = False
-    ) -> tuple[Candidate, ...]:
+        self, chain: PrefixChain, *, limit_tokens: int | None = None, snapshots: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> tuple[Candidate, ...]:  # fmt: skip
         """Blocks that cover the longest known prefix of ``chain``, down to the token. A hint: reads verify.
 
         With ``snapshots`` the prefix ends where a snapshot of it is held, at ``limit_tokens`` at most; that snapshot
-        comes last. Waits at most 0.5 s for the writer if it is about to store state of the same beginning.
+        comes last. Waits at most 0.5 s for the writer if it is about to store state of the same beginning. No remote
+        tier is waited for longer than ``timeout_seconds``, or asked if it takes longer as a rule.
         """
         self._await_pending(chain)
         for tier in self.tiers:
@@ -126,7 +97,7 @@ class TierStack:
                 tier.refresh(chain, snapshots=snapshots)
         limit = chain.reusable_tokens if limit_tokens is None else min(limit_tokens, chain.reusable_tokens)
         found = self._longest(chain, limit, snapshots=snapshots)
-        if _covered(found) < limit and self._ask_remotes(chain, snapshots=snapshots):
+        if _covered(found) < limit and self._ask_remotes(chain, timeout_seconds, snapshots=snapshots):
             found = self._longest(chain, limit, snapshots=snapshots)
         return tuple(found)
 
@@ -202,9 +173,23 @@ class TierStack:
 
     def offer(self, block: KVBlock, *, model: str = "") -> bool:
         """Store one block now, in every tier that lacks it; whether any tier took it."""
-        offer = self._offered(block, model)
-        taken = [tier.offer(offer) for tier in self.tiers if tier.wants(block.key, lossy=block.lossy)]
-        return any(taken)
+        return self._storing.offer(block, model)
+
+    def forget(self, chain: PrefixChain, *, keep_tokens: int = 0) -> int:
+        """Delete what any tier holds of ``chain`` after its first ``keep_tokens`` tokens, and all that goes on from it.
+
+        Waits for the writer first. Whole blocks are deleted. How many blocks and snapshots were.
+
+        Raises:
+            StoreError: a store did not answer, or an entry still stands; try again.
+        """
+        self.flush()
+        return forget(self.tiers, chain, keep_tokens)
+
+    def purge(self, namespace: bytes) -> int:
+        """Delete everything of a namespace, by its digest. How many blocks and snapshots were. Raises as `forget`."""
+        self.flush()
+        return purge(self.tiers, namespace)
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything submitted so far is stored; False if ``timeout_seconds`` ran out first."""
@@ -241,63 +226,23 @@ class TierStack:
         for observer in self.observers:
             observer(event)
 
-    def _ask_remotes(self, chain: PrefixChain, *, snapshots: bool) -> bool:
+    def _ask_remotes(self, chain: PrefixChain, timeout_seconds: float | None, *, snapshots: bool) -> bool:
         remotes = [tier for tier in self.tiers if not tier.is_local]
         for tier in remotes:
-            tier.refresh(chain, snapshots=snapshots)
+            usual = tier.asking.seconds(1, RETRY_SECONDS) if tier.asking is not None else None
+            if timeout_seconds is None or usual is None or usual <= timeout_seconds:
+                tier.refresh(chain, snapshots=snapshots, timeout_seconds=timeout_seconds)
         return bool(remotes)
 
     def _store(self, capture: Capture, model: str) -> None:
-        near = [tier for tier in self.tiers if isinstance(tier, DecodedTier)]
-        far = [tier for tier in self.tiers if tier not in near]
         try:
-            keys = capture.keys()
-            self._store_in(near or far, capture, keys, model)
+            keys = self._storing.store_near(capture, model)
+            if not self._has_near:
+                self._storing.store_far(capture, keys, model)
         finally:
             self._settle(capture)
-        if near:
-            self._store_in(far, capture, keys, model)
-
-    def _store_in(self, tiers: Iterable[Tier], capture: Capture, keys: Sequence[BlockKey], model: str) -> None:
-        held = list(tiers)
-        certified = [(tier.chain, self._certified(tier, capture, keys, model)) for tier in held if _has_budget(tier)]
-        for key in keys:
-            wanting = [tier for tier in held if tier.wants(key, lossy=False)]
-            if wanting:
-                offer = self._offered(self._decoded(key) or capture.block(key), model)
-                for chain, coded in certified:
-                    if key.digest in coded:
-                        offer.add(chain, coded[key.digest])
-                for tier in wanting:
-                    if tier.wants(key, lossy=offer.block.lossy):
-                        tier.offer(offer)
-
-    def _certified(
-        self, tier: EncodedTier, capture: Capture, keys: Sequence[BlockKey], model: str
-    ) -> Mapping[bytes, Coded]:
-        """What of ``keys`` the tier lacks, coded within its budget."""
-        wanted = [key for key in keys if tier.wants(key, lossy=False) and not self._is_coded(key)]
-        try:
-            return certify(tier, capture, wanted, model)
-        except Exception as error:  # noqa: BLE001 (the model's own: what cannot be replayed is stored exactly)
-            self.observe(CacheEvent("error", f"cannot replay: {type(error).__name__}: {error}", tier.name))
-            return {}
-
-    def _is_coded(self, key: BlockKey) -> bool:
-        entries = [tier.index.get(key.digest) for tier in self.tiers]
-        return any(entry is not None and entry.lossy for entry in entries)
-
-    def _offered(self, block: KVBlock, model: str) -> Offer:
-        """``block``, or if it is lossy and a tier holds it already coded, that: nothing is coded twice."""
-        holding = [tier for tier in self.tiers if block.lossy and block.key.digest in tier.index]
-        found = next((coded for tier in holding if (coded := tier.stored(block.key, block.layout)) is not None), None)
-        if found is not None:
-            self.shelf.spread(found.header.codec.get("tables"))
-        return Offer(block, model, found)
-
-    def _decoded(self, key: BlockKey) -> KVBlock | None:
-        found = (tier.get(key) for tier in self.tiers if isinstance(tier, DecodedTier))
-        return next((block for block in found if block is not None and not block.lossy), None)
+        if self._has_near:
+            self._storing.store_far(capture, keys, model)
 
     def _settle(self, capture: Capture) -> None:
         with self._pending_changed:
@@ -311,10 +256,6 @@ class TierStack:
 
         with self._pending_changed:
             self._pending_changed.wait_for(is_settled, PENDING_WAIT_SECONDS)
-
-
-def _has_budget(tier: Tier) -> TypeGuard[EncodedTier]:
-    return isinstance(tier, EncodedTier) and isinstance(tier.chain.codec, QualityCodec)
 
 
 def _alike(left: PrefixChain, right: PrefixChain) -> bool:

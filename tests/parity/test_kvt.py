@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import ghostcacher
 from ghostcacher import GhostCache
@@ -12,6 +13,7 @@ from ghostcacher.codecs.registry import codec_named
 from ghostcacher.errors import ConfigurationError, UnsupportedModelError
 from ghostcacher.keys import TABLES
 from ghostcacher.research import calibrate, evaluate, steps_of
+from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 PROMPT = random_prompt(200, seed=4)
@@ -168,3 +170,43 @@ def test_what_cannot_be_calibrated(models):
 def test_steps_out_of_range(text):
     with pytest.raises(ConfigurationError, match="kvt"):
         codec_named(text)
+
+
+def test_layers_of_unequal_reach_are_each_averaged_over_what_they_hold(models, learned):
+    """gemma2's windows hold 7 tokens beside 128."""
+    model = models("gemma2")
+    sums = [0.0] * 4
+    for text in TEXTS:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(text[:, :128], past_key_values=cache)
+        for number, layer in enumerate(cache.layers):
+            held = layer.values[0].transpose(0, 1).flatten(1)
+            sums[number] += (held[4:] if len(held) == 128 else held).mean(0) / len(TEXTS)
+    table = learned("gemma2").tables.groups["values"]
+    assert torch.allclose(table.mean, torch.stack(sums), atol=1e-4)
+
+
+def test_changed_weights_have_tables_of_their_own(generate, tmp_path):
+    model = tiny_model("llama")
+    first = calibrate(model, TEXTS[:1], **SIZES)
+    model.load_state_dict(tiny_model("llama", seed=1).state_dict())
+    second = calibrate(model, TEXTS[:1], **SIZES)
+    assert second.weights != first.weights
+    assert second.weights == calibrate(tiny_model("llama", seed=1), TEXTS[:1], **SIZES).weights
+
+
+def test_a_hit_from_memory_reads_no_other_tier(calibrated, models, generate):
+    model = models("llama")
+    with calibrated("llama") as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+    given = {"memory": "16MiB", "block_tokens": 64, "codec": "kvt(0.25)"}
+    with ghostcacher.open_store(store.config.directory, **given) as both:
+        generate(model, PROMPT, GhostCache(model, both), new=1)
+        both.flush()
+        both.tiers[1].store = spy = FaultyStore(both.tiers[1].store)
+        cache = GhostCache(model, both)
+        generate(model, PROMPT, cache, new=1)
+        del cache
+        both.flush()
+        assert "get_many" not in spy.calls

@@ -73,7 +73,7 @@ def test_a_calibrated_model_takes_the_step_of_its_curve(quality, models, generat
     if codec["name"] == "kvt":
         assert certificate.predicted == pytest.approx(learned.tables.kl(codec["c"]))
         assert certificate.predicted <= quality / MARGIN * 1.001
-    assert codec["name"] == "kvt" or quality < 0.01
+    assert codec["name"] == ("kvt" if quality > 0.01 else codec["name"])
 
 
 def test_the_certificate_is_what_the_blocks_do(models, generate, tmp_path):
@@ -127,7 +127,7 @@ def test_windows_and_latents_are_certified(recipe, models, with_logits, tmp_path
             assert store.stats().failed == 0
     assert sum(header.certificate is not None for header in headers(tmp_path)) == 3
     assert cache.report.lossy
-    assert divergence(cold[:, 0], warm[:, 0]) < 10 * BUDGET
+    assert 0 < divergence(cold[:, 0], warm[:, 0]) < BUDGET
 
 
 def test_a_conversation_is_certified_turn_by_turn(models, generate, tmp_path):
@@ -143,6 +143,53 @@ def test_a_conversation_is_certified_turn_by_turn(models, generate, tmp_path):
     assert events.failed == 0
     assert [header.key.start for header in found if header.certificate] == [0, 64, 128, 192, 256]
     assert len({header.certificate.replayed for header in found if header.certificate}) >= 3
+
+
+@pytest.mark.parametrize("calibrates", [False, True])
+def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
+    calibrates, models, generate, learned, tmp_path
+):
+    """Turn after turn in a new process, on what the one before stored; then against a cold run of everything."""
+    model, text = models("llama"), random_prompt(64 * 8, seed=21)
+    for end in range(128, 64 * 8 + 1, 64):
+        with opened(tmp_path) as store:
+            if calibrates:
+                store.shelf.put(*learned)
+            generate(model, text[:, :end], GhostCache(model, store), new=1)
+    found = headers(tmp_path)
+    certified = [header.certificate.replayed for header in found if header.certificate]
+    assert len(certified) >= 2
+    assert certified == sorted(certified)
+    assert max(certified) <= BUDGET
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
+        cache = GhostCache(model, store)
+        generate(model, text[:, :481], cache, new=1)
+        assert cache.report.cached_tokens == 480
+        held = [(layer.keys[:, :, :448], layer.values[:, :, :448]) for layer in cache.layers]
+    with torch.no_grad():
+        coded = model(text[:, 448:480], past_key_values=DynamicCache(held, config=model.config)).logits[0]
+        exact = model(text[:, :480]).logits[0, 448:]
+    assert 0 < divergence(exact, coded) <= BUDGET
+
+
+def test_what_was_restored_without_a_certificate_leaves_no_budget(models, generate, tmp_path):
+    model = models("llama")
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
+        generate(model, PROMPT[:, :128], GhostCache(model, store), new=1)
+    with opened(tmp_path) as store:
+        cache = GhostCache(model, store)
+        generate(model, PROMPT, cache, new=1)
+        assert cache.report.lossy
+    assert not any(header.certificate for header in headers(tmp_path))
+    assert [header.codec["name"] for header in headers(tmp_path)].count("int8") == 2
+
+
+def test_two_tiers_of_one_budget_each_have_what_was_certified_for_them(models, generate, tmp_path):
+    far = f"file://{tmp_path}/far"
+    with opened(tmp_path / "near", remote=far) as store:
+        generate(models("llama"), PROMPT, GhostCache(models("llama"), store), new=1)
+        store.flush()
+        assert [tier.certified for tier in store.stats().tiers] == [3, 3]
 
 
 def test_other_stores_see_the_certificates(models, generate, tmp_path):
@@ -206,7 +253,8 @@ def test_a_tier_may_have_a_budget_of_its_own(models, generate, tmp_path):
 @pytest.mark.parametrize(
     "certificate",
     [[], {}, {"budget": 1.0}, {"budget": "x", "predicted": None, "replayed": 0.1}, 3,
-     {"budget": 0.1, "predicted": None, "replayed": -1.0}, {"budget": 0.1, "predicted": 0.1, "replayed": 1, "more": 1}],
+     {"budget": 0.1, "predicted": None, "replayed": -1.0}, {"budget": 0.1, "predicted": None, "replayed": 1},
+     {"budget": 0.1, "predicted": 0.1, "replayed": 1.0, "more": 1.0}],
 )  # fmt: skip
 def test_certificates_that_are_none_make_a_header_none(certificate):
     given = block(64)

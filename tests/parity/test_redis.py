@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 
 import pytest
 import torch
@@ -43,20 +44,39 @@ def test_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster)
         generate(model, PROMPT, GhostCache(model, store), new=1)
         store.flush()
         time.sleep(1.5)  # replicas follow
-        victim = redis_cluster[1]
+        client = store.tiers[0].store._store._store._client()
+        names = [f"ghostcacher/v1/{found.key}" for found in RedisStore(url).list_keys(timeout_seconds=5.0)]
+        ports = [client.get_node_from_key(name).port for name in names]
+        victim = next(node for node in redis_cluster if node.port == ports[0])
         victim.stop()
         try:
-            recovered = False
+            recovered, failures = False, store.stats().tiers[0].errors
             for _ in range(60):
                 cache = GhostCache(model, store)
                 assert torch.equal(generate(model, PROMPT, cache), expected)
-                recovered = cache.report.cached_tokens > 0 and not store.tiers[0]._store.is_out
+                recovered = cache.report.cached_tokens > 0 and not store.tiers[0].store.is_out
                 if recovered:
                     break
                 time.sleep(0.5)
             assert recovered
+            assert store.stats().tiers[0].errors > failures
         finally:
             victim.start()
+
+
+def test_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models, generate, tmp_path):
+    model = models("llama")
+    given = {"memory": None, "block_tokens": 64, "remote": "redis+cluster://127.0.0.1:1"}
+    with ghostcacher.open_store(tmp_path, **given) as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+        store.flush()
+        longer = torch.cat([PROMPT, random_prompt(60, seed=6)], dim=1)
+        for _ in range(4):
+            cache = GhostCache(model, store)
+            assert torch.equal(generate(model, longer, cache), generate(model, longer))
+            assert cache.report.cached_tokens >= 200
+        assert store.stats().failed == 0
+        assert store.tiers[1].store.is_out
 
 
 def test_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path):
@@ -73,10 +93,10 @@ def test_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate
             assert torch.equal(generate(model, PROMPT, cache), expected)
             assert cache.report.cached_tokens == 0
         store.flush()
-        assert store.tiers[0]._store.is_out
+        assert store.tiers[0].store.is_out
         began = time.perf_counter()
         with pytest.raises(StoreError):
-            store.tiers[0]._store.contains_many([key(1)], timeout_seconds=1.0)
+            store.tiers[0].store.contains_many([key(1)], timeout_seconds=1.0)
         assert time.perf_counter() - began < 0.1
 
 
@@ -92,8 +112,11 @@ def test_a_full_server_drops_what_does_not_fit_and_goes_on(models, generate, tmp
             assert torch.equal(generate(model, prompt, cache, new=1), generate(model, prompt, new=1))
             store.flush()
         stats = store.stats().tiers[0]
+        cache = GhostCache(model, store)
+        generate(model, random_prompt(200, seed=0), cache, new=1)
     assert stats.errors > 0
     assert store.stats().failed == 0
+    assert cache.report.cached_tokens >= 192  # a server that takes no more still gives
 
 
 def test_credentials_are_never_shown(models, generate, tmp_path, caplog):
@@ -114,13 +137,22 @@ def test_credentials_are_never_shown(models, generate, tmp_path, caplog):
             generate(model, PROMPT, GhostCache(model, store), new=1)
             store.flush()
             assert store.stats().tiers[0].stored == 4
-    assert "hunter2" not in f"{caught.value}{caplog.text}{store!r}"
+    said = "".join(traceback.format_exception(caught.value))
+    assert "hunter2" not in f"{said}{caplog.text}{store!r}"
 
 
-@pytest.mark.parametrize("url", ["redis://host:port/0", "redis://[::1", "redis+cluster://h:x"])
-def test_urls_that_mean_nothing(url):
-    with pytest.raises(ConfigurationError, match="remote="):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@host:port/0", "redis://[::1", "redis+cluster://h:x", "redis+cluster://:hunter2@h/3",
+        "redis://:hun?ter2@h:6379", "redis://:hun/ter2@h", "redis://:hunter2@h/0?foo=bar",
+    ],
+)  # fmt: skip
+def test_urls_that_mean_nothing_are_refused_without_repeating_a_password(url):
+    with pytest.raises(ConfigurationError, match="remote=") as caught:
         opened(url)
+    said = "".join(traceback.format_exception(caught.value))
+    assert not any(part in said.split("test_redis.py")[-1] for part in ("hunter2", "ter2", ":hun"))
 
 
 def test_a_block_beyond_what_redis_takes_is_refused_by_name(redis_url, monkeypatch):

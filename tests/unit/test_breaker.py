@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ghostcacher.errors import StoreError
+from ghostcacher.errors import StoreError, StoreRefusedError
 from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.store import key
@@ -113,10 +113,59 @@ def test_only_one_call_probes_at_a_time(breaker, faulty, clock):
     fail(breaker, FAILURES)
     clock.now += FIRST_PAUSE_SECONDS
     faulty.delay_seconds = 0.2
-    calls = len(faulty.calls)
-    probing = threading.Thread(target=lambda: fail(breaker, 1))
+    calls, raised = len(faulty.calls), []
+
+    def probe():
+        try:
+            ask(breaker)
+        except StoreError as error:
+            raised.append(error)
+
+    probing = threading.Thread(target=probe)
     probing.start()
     time.sleep(0.05)
     fail(breaker, 1)
     probing.join()
+    assert len(raised) == 1
+    assert len(faulty.calls) == calls + 1
+
+
+def test_calls_that_fail_together_are_one_outage(breaker, faulty, clock):
+    faulty.failing, faulty.delay_seconds = DOWN, 0.2
+    threads = [threading.Thread(target=fail, args=(breaker, 1)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    clock.now += FIRST_PAUSE_SECONDS
+    assert not breaker.is_out
+
+
+def test_a_store_that_says_no_has_not_failed(breaker, faulty, monkeypatch):
+    def refuse(*_, **__):
+        raise StoreRefusedError("full")
+
+    monkeypatch.setattr(faulty, "put_many", refuse)
+    for _ in range(2 * FAILURES):
+        with pytest.raises(StoreRefusedError):
+            breaker.put_many({key(1): [b"x"]}, timeout_seconds=1.0)
+    assert not breaker.is_out
+    ask(breaker)
+
+
+def test_whatever_a_client_raises_is_a_failure(breaker, faulty, monkeypatch):
+    monkeypatch.setattr(faulty, "contains_many", lambda *_, **__: 1 / 0)
+    for _ in range(FAILURES):
+        with pytest.raises(ZeroDivisionError):
+            ask(breaker)
+    assert breaker.is_out
+
+
+def test_a_call_about_nothing_says_nothing(breaker, faulty, clock):
+    faulty.failing = DOWN
+    fail(breaker, FAILURES)
+    clock.now += FIRST_PAUSE_SECONDS
+    assert breaker.contains_many([], timeout_seconds=1.0) == frozenset()
+    calls = len(faulty.calls)
+    fail(breaker, 2)
     assert len(faulty.calls) == calls + 1

@@ -16,10 +16,12 @@ from ghostcacher.codecs import entropy
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.entropy import compress, decompress
-from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, header_bytes, payload_digest, spoken
+from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, TensorField, header_bytes, payload_digest, spoken
 from ghostcacher.codecs.planes import PlaneCodec
+from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group
 
@@ -209,3 +211,53 @@ def test_torchs_defaults_do_not_change_what_is_decoded():
         assert torch.equal(codec.decode(group("keys"), piece, parts), plain)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_codes_far_out_are_listed_at_their_own_places():
+    """Places are whole numbers beyond what fp32 counts."""
+    coder = SymbolCoder("x", 1, 1, 2**24 + 64, 1)
+    codes = torch.zeros((1, 1, 2**24 + 64))
+    wanted = {2**24 + 13: 300.0, 7: -4000.0}
+    for place, code in wanted.items():
+        codes[0, 0, place] = code
+    parts = coder.pack(codes, torch.zeros((1, 1), dtype=torch.uint8))
+    [(_, back)] = coder.unpack(parts, torch.zeros((1, 1), dtype=torch.uint8))
+    assert {int(place): float(back.view(-1)[place]) for place in back.view(-1).nonzero()[:, 0]} == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_codes_come_back(data):
+    layers, rows, columns = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 5)),
+        4 * data.draw(st.integers(1, 20)),
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    spread = torch.rand((layers, rows, 1), generator=generator) ** 4 * data.draw(st.sampled_from([0.1, 2, 20, 1000]))
+    codes = (torch.randn((layers, rows, columns), generator=generator) * spread).round()
+    classes = torch.randint(0, 3, (layers, rows), generator=generator).to(torch.uint8)
+    coder = SymbolCoder("x", layers, rows, columns, 3)
+    back = [run.clone() for _, run in coder.unpack(coder.pack(codes, classes), classes)]
+    assert torch.equal(torch.cat(back), codes)
+
+
+def test_a_block_that_would_grow_is_stored_as_it_is():
+    given_block = block(128, dtype=torch.bfloat16)
+
+    class Huge(RawCodec):
+        name = "huge"
+
+        def fields(self, group, piece):
+            return (*RawCodec.fields(self, group, piece), TensorField(f"{group.name}.more", "U8", (2**17,)))
+
+        def encode(self, group, tensor, piece):
+            return {
+                **RawCodec.encode(self, group, tensor, piece),
+                f"{group.name}.more": torch.zeros(2**17, dtype=torch.uint8),
+            }
+
+    coded = CodecChain(Huge()).code(given_block)
+    assert coded.header.codec == {"name": "raw"}
+    back = decode_blob(bytearray(b"".join(coded.blob)), given_block.key, given_block.layout)
+    assert all(map(torch.equal, back.tensors, given_block.tensors))

@@ -16,7 +16,7 @@ from ghostcacher.errors import ConfigurationError
 from ghostcacher.research import evaluate, sweep, turns
 from ghostcacher.testing.models import random_prompt, tiny_model
 
-SIZES = {"prefix_tokens": 128, "scored_tokens": 32, "block_tokens": 64}
+SIZES = {"prefix_tokens": 128, "scored_tokens": 32, "block_tokens": 64, "is_timed": False}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,9 @@ def test_turns_on_exact_state_cost_nothing_and_on_coded_state_what_the_codec_cos
 
 def test_table_and_plot(model, texts, tmp_path):
     codecs = ["raw", "int8", "ec(1.0)"]
-    measures = sweep(model, texts[:1], codecs, table=tmp_path / "t.csv", plot=tmp_path / "p.svg", **SIZES)
+    files, sizes = {"table": tmp_path / "t.csv", "plot": tmp_path / "p.svg"}, {**SIZES, "is_timed": True}
+    measures = sweep(model, texts[:1], codecs, **files, **sizes)
+    assert all(measure.decode_share > 0 for measure in measures)
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [row["codec"] for row in rows] == codecs
     assert [float(row["kl"]) for row in rows] == [measure.kl for measure in measures]

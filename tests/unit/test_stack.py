@@ -102,14 +102,14 @@ def remote_stack(tmp_path, remote, *, strict=False, timeout_seconds=0.3):
     return TierStack(store.config, [*store.tiers, tier], store._writer, store._readers, store.observers, store.shelf)
 
 
-def test_a_remote_tier_is_asked_in_one_batch_and_found_by_another_process(tmp_path):
+def test_a_remote_tier_is_asked_in_one_batch_for_each_reader_and_found_by_another_process(tmp_path):
     shared = FaultyStore(MemoryStore())
     with remote_stack(tmp_path, shared) as one:
         offered(one, chain_of(80))
     shared.calls.clear()
     with remote_stack(tmp_path, shared) as two:
         run, outcome, _ = fetched(two, chain_of(81))
-    assert shared.calls == ["contains_many", "get_many"]
+    assert shared.calls == ["contains_many", "get_many", "get_many"]
     assert set(outcome.sources.values()) == {"remote"}
     assert len(run) == 5
 
@@ -222,7 +222,7 @@ def test_observers_see_everything(tmp_path, llama, generate):
         ({"disk": "-3"}, "-3"),
         ({"block_tokens": 8}, "16 to 4096"),
         ({"block_tokens": "128"}, "whole number"),
-        ({"codec": "zip"}, "int8, kvt, raw"),
+        ({"codec": "zip"}, "int8, kvt, quality, raw"),
         ({"remote": "no url"}, "s3://"),
         ({"remote": "nonsense://x"}, "nonsense"),
     ],

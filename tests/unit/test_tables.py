@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ghostcacher.blocks import Rotation
+from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.keys import TABLES
 from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.tiers.shelf import Shelf
@@ -128,3 +131,50 @@ def test_a_shelf_that_cannot_be_read_is_empty_and_asked_again_later(monkeypatch)
     broken.failing = frozenset({"put_many"})
     with pytest.raises(StoreError):
         shelf.put(made, "weights")
+
+
+def test_a_damaged_near_copy_does_not_hide_a_good_far_one():
+    near, far, made = MemoryStore(), MemoryStore(), tables()
+    for store in (near, far):
+        Shelf([store], 1.0).put(made, "weights")
+    near.put_many({f"{TABLES.hex}/{made.digest}": [b"damaged"]}, timeout_seconds=1.0)
+    assert Shelf([near, far], 1.0).of_model("weights") == made
+
+
+def test_a_damaged_asset_is_not_read_again_for_every_block():
+    backing, made = FaultyStore(MemoryStore()), tables()
+    Shelf([backing], 1.0).put(made, "weights")
+    backing.put_many({f"{TABLES.hex}/{made.digest}": [b"damaged"]}, timeout_seconds=1.0)
+    backing.calls.clear()
+    shelf = Shelf([backing], 1.0)
+    assert [shelf.named(made.digest) for _ in range(5)] == [None] * 5
+    assert backing.calls == ["get_many"]
+
+
+def test_tables_that_could_not_be_spread_are_spread_later():
+    far, near, made = MemoryStore(), FaultyStore(MemoryStore()), tables()
+    Shelf([far], 1.0).put(made, "weights")
+    shelf = Shelf([near, far], 1.0)
+    near.failing = frozenset({"put_many"})
+    shelf.spread(made.digest)
+    near.failing = frozenset()
+    shelf.spread(made.digest)
+    assert Shelf([near], 1.0).named(made.digest) == made
+
+
+def test_a_flat_curve_is_not_followed_beyond_reason():
+    flat = tables(curve=((0.12, 1e-12), (0.25, 1.001e-12), (0.5, 1.002e-12)))
+    assert 0 < flat.step(1e-3) < float("inf")
+    assert 0 < flat.kl(8.0) < float("inf")
+
+
+def test_classes_at_exact_borders_follow_the_format():
+    """From the text of docs/format.md, in whole numbers of Python."""
+    spread = torch.tensor([[2.0**n * m for n in range(-6, 6) for m in (1.0, 0.5**0.5, 2**0.5, 1.4142135, 1.4142137)]])
+    table = Table(torch.zeros_like(spread), torch.eye(spread.shape[1])[None, None].bfloat16(), spread)
+    found = KvtCodec(0.5, tables())._classes(table)[0].tolist()
+    expected = []
+    for value in spread[0].tolist():
+        mantissa, exponent = math.frexp(value / 0.5)
+        expected.append(min(max(exponent + 3 + (mantissa >= 0.5**0.5), 0), 7))
+    assert found == expected

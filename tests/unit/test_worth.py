@@ -17,17 +17,32 @@ def line(*points, times=1):
 def test_a_line_is_what_was_observed():
     assert Line().seconds(5) is None
     assert line((100, 2.0)).seconds(50) == pytest.approx(1.0)
-    assert line((0, 0.5)).seconds(1000) == pytest.approx(0.5)
+    assert line((0, 0.5), (1, 0.5)).seconds(8) == pytest.approx(0.5)
     known = line((10, 1.1), (20, 1.2), (40, 1.4))
     assert [known.seconds(amount) for amount in (0, 10, 100)] == pytest.approx([1.0, 1.1, 2.0])
 
 
 def test_neither_part_of_a_line_is_ever_negative():
     falling = line((10, 3.0), (20, 2.0), (30, 1.0))
-    assert falling.seconds(1000) == falling.seconds(0) > 0
+    assert falling.seconds(200) == falling.seconds(0) > 0
     steep = line((10, 0.0), (20, 1.0))
     assert steep.seconds(0) == 0.0
     assert steep.seconds(5) >= 0.0
+
+
+def test_a_line_says_nothing_of_amounts_far_beyond_what_it_saw():
+    made = line((1, 0.03), (10, 0.04))
+    assert made.seconds(80) is not None
+    assert made.seconds(81) is None
+    assert line((1, 0.03)).seconds(10_000) is None
+
+
+def test_a_pause_between_two_steps_is_no_prefill():
+    made = line((100, 1.0))
+    made.add_usual(100, 60.0)
+    assert made.seconds(100) == pytest.approx(1.0)
+    made.add_usual(100, 2.0)
+    assert made.seconds(100) > 1.2
 
 
 def test_old_observations_fade():

@@ -1,0 +1,28 @@
+"""What a store counts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ghostcacher.tiers.base import TierStats
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts of one store since it was opened."""
+
+    tiers: tuple[TierStats, ...]
+    prompts: int
+    hits: int
+    prompt_tokens: int
+    cached_tokens: int
+    bypassed: dict[str, int]
+    queued: int
+    dropped: int
+    failed: int
+    healthy: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For printing as JSON."""
+        return asdict(self)
