@@ -54,6 +54,16 @@ def test_a_pipeline_is_cached(tmp_path):
     assert "prompt tokens from memory" in out
 
 
+def test_the_processes_of_a_launch_share_what_one_of_them_computed(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    sizes = ["--document-tokens", 300, "--answer-tokens", 2]
+    out = run(*launch, ROOT / "examples/accelerate_batch.py", "--directory", tmp_path / "blocks", *sizes)
+    lines = [line for line in out.splitlines() if line.startswith("process ")]
+    assert sorted(line.split(":")[0] for line in lines) == ["process 0", "process 0", "process 1", "process 1"]
+    assert all("reused 300 of" in line or "reused 30" in line for line in lines)
+    assert "from disk" in next(line for line in lines if line.startswith("process 1"))
+
+
 def test_the_demo_prints_its_document_and_nothing_else(tmp_path):
     out = run(
         "-c", "from ghostcacher.cli import main; main()", "demo", "--directory", tmp_path / "blocks", "--format", "json"

@@ -21,6 +21,7 @@ from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.probe import Shape, input_device
 from ghostcacher.blocks import TensorGroup
 from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.entropy import require
 from ghostcacher.codecs.grouping import GROUP_TOKENS, SINK_TOKENS, coded_tokens, turn_of
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.tables import Table, Tables
@@ -58,8 +59,10 @@ def calibrate(
 
     Raises:
         ConfigurationError: no text, or one that is too short.
+        MissingExtraError: there is no zstd, which the curve is measured with.
         UnsupportedModelError: nothing of the model's cache can be coded, or its state is not reused at all.
     """
+    require()
     length = prefix_tokens + scored_tokens
     if not texts or any(text.shape[0] != 1 or text.shape[1] < length for text in texts):
         raise ConfigurationError(f"calibration needs texts of at least {length} tokens each, as [1, tokens]")

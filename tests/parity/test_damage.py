@@ -195,11 +195,11 @@ def test_a_failure_after_half_the_prefix_was_placed_runs_cold(directory, generat
         matches = []
         real = store.match
 
-        def match(chain):
+        def match(chain, **options):
             matches.append(chain)
             if len(matches) == 2:
                 raise RuntimeError("on command")
-            found = real(chain)
+            found = real(chain, **options)
             files[2].unlink(missing_ok=True)
             return found
 
