@@ -26,4 +26,7 @@ def shared(model: Any) -> list[CacheReport]:
         with ghostcacher.attach(model, store) as attached:
             model.generate()
         store.flush(timeout_seconds=1.0)
+        found: ghostcacher.Lookup = ghostcacher.lookup(model, [1, 2, 3], store)
+        gone: int = ghostcacher.forget(model, [1, 2, 3], store, keep_tokens=found.tokens)
+        assert gone + store.purge(bytes(32))
         return attached.reports
