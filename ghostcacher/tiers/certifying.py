@@ -80,7 +80,7 @@ def certify(tier: EncodedTier, capture: Replayable, keys: Sequence[BlockKey], mo
     exact = capture.guard.trial(chain, len(chain)) if capture.guard is not None and whole else None
     if exact is None or not isinstance(budget, QualityCodec):
         return {}
-    spent = _spent(tier, capture.block(whole[0]), [key for key in exact.keys if key not in whole])
+    spent = _spent(tier, capture.block(whole[0]), [key for key in exact.keys if key.end <= whole[0].start])
     if spent >= budget.kl:
         return {}
     expected = _replayed(exact, tier, capture, {})

@@ -151,14 +151,14 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
 ):
     """Turn after turn in a new process, on what the one before stored; then against a cold run of everything."""
     model, text = models("llama"), random_prompt(64 * 8, seed=21)
-    for end in range(128, 64 * 8 + 1, 64):
+    for end in [148, 212, 290, 360, 420, 500, 512]:
         with opened(tmp_path) as store:
             if calibrates:
                 store.shelf.put(*learned)
             generate(model, text[:, :end], GhostCache(model, store), new=1)
     found = headers(tmp_path)
     certified = [header.certificate.replayed for header in found if header.certificate]
-    assert len(certified) >= 2
+    assert len(certified) == 8
     assert certified == sorted(certified)
     assert max(certified) <= BUDGET
     with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
