@@ -80,6 +80,13 @@ class Store(Protocol):
         ...
 
 
+def close(store: object) -> None:
+    """Close the connections of a store that has any; a later call to it opens them again."""
+    ending = getattr(store, "close", None)
+    if ending is not None:
+        ending()
+
+
 def checked_key(key: str) -> str:
     """``key``, if it is two digests with a slash between: nothing else ever becomes a path or an object name.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from ghostcacher.errors import StoreError, StoreRefusedError
-from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry
+from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry, close
 
 FAILURES = 3
 FIRST_PAUSE_SECONDS = 5.0
@@ -70,6 +70,10 @@ class BreakerStore:
     def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
         """See `Store.list_keys`."""
         return iter(self._asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
+
+    def close(self) -> None:
+        """Close the wrapped store's connections."""
+        close(self._store)
 
     def _asked(self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False) -> _Result:
         is_probe = self._enter()

@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from ghostcacher.errors import StoreError, StoreTimeoutError
-from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry
+from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry, close
 
 CALLS_LIMIT = 8
 _Result = TypeVar("_Result")
@@ -52,6 +52,10 @@ class DeadlineStore:
         return iter(
             self._within(timeout_seconds, lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds)))
         )
+
+    def close(self) -> None:
+        """Close the wrapped store's connections."""
+        close(self._store)
 
     def _within(self, timeout_seconds: float, call: Callable[[], _Result]) -> _Result:
         if not self._free.acquire(blocking=False):

@@ -19,7 +19,7 @@ from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.gate import Line
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.stores.base import Buffer, Store
+from ghostcacher.stores.base import Buffer, Store, close
 from ghostcacher.tiers.base import (
     SNAPSHOT_SHARE,
     Offer,
@@ -184,6 +184,10 @@ class EncodedTier:
         if reason not in _KEEP and not self._is_read_only:
             with self._errors_counted("delete"):
                 self.store.delete_many([store_key], timeout_seconds=self.timeout_seconds)
+
+    def close(self) -> None:
+        """Close the store's connections; the tier can still be read, which opens them again."""
+        close(self.store)
 
     def entries(self) -> Iterator[BlockKey]:
         """See `Tier.entries`."""

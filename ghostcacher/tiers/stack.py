@@ -19,6 +19,7 @@ from ghostcacher.tiers.admission import SecondSight
 from ghostcacher.tiers.base import Place, Tier
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
+from ghostcacher.tiers.encoded import EncodedTier
 from ghostcacher.tiers.forgetting import forget, purge
 from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.shelf import Shelf
@@ -199,6 +200,9 @@ class TierStack:
         """Store what is queued and stop the threads. The store can still be read; nothing more is stored."""
         self._writer.close()
         self._readers.close()
+        for tier in self.tiers:
+            if isinstance(tier, EncodedTier):
+                tier.close()
 
     def stats(self) -> StoreStats:
         """Counts since the store was opened; sizes are of the namespaces looked at so far."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import time
 import traceback
 
@@ -165,3 +167,62 @@ def test_without_the_client_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(redis_store.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(MissingExtraError, match=r"ghostcacher\[redis\]"):
         opened("redis://127.0.0.1:1")
+
+
+def test_a_user_who_may_only_read_reads(models, generate, tmp_path):
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    model = models("llama")
+    client = pytest.importorskip("redis")
+    rights = ["on", ">guest", "~*", "-@all", "+@connection", "+getrange", "+exists"]
+    with servers.redis_server(tmp_path) as server:
+        client.Redis(port=server.port).execute_command("ACL", "SETUSER", "guest", *rights)
+        with opened(server.url) as store:
+            generate(model, PROMPT, GhostCache(model, store), new=1)
+        with opened(server.url.replace("redis://", "redis://guest:guest@")) as store:
+            for prompt in (PROMPT, random_prompt(200, seed=5), PROMPT):
+                cache = GhostCache(model, store)
+                assert torch.equal(generate(model, prompt, cache), generate(model, prompt))
+                store.flush()
+            assert cache.report.cached_tokens == 199
+            assert store.stats().tiers[0].stored == 0
+            assert not store.tiers[0].store.is_out
+
+
+def test_an_encrypted_connection(models, generate, tmp_path):
+    if servers.redis_binary() is None or shutil.which("openssl") is None:
+        pytest.skip("no redis-server, or no openssl to make a certificate")
+    key_file, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key_file, "-out", certificate]
+    subprocess.run([*request, *names], check=True, capture_output=True)
+    tls_port = servers.free_port()
+    options = ("--tls-port", tls_port, "--tls-cert-file", certificate, "--tls-key-file", key_file,
+               "--tls-auth-clients", "no")  # fmt: skip
+    model = models("llama")
+    with servers.redis_server(tmp_path / "redis", *map(str, options)):
+        url = f"rediss://127.0.0.1:{tls_port}/0"
+        for _ in range(2):
+            with opened(f"{url}?ssl_ca_certs={certificate}") as store:
+                cache = GhostCache(model, store)
+                generate(model, PROMPT, cache, new=1)
+        assert cache.report.cached_tokens == 199
+        with pytest.raises(StoreError):  # nobody vouches for it
+            RedisStore(url).contains_many([key(1)], timeout_seconds=1.0)
+
+
+def test_a_closed_store_leaves_no_connection_and_can_still_be_read(models, generate, tmp_path):
+    if servers.redis_binary() is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    client, model = pytest.importorskip("redis"), models("llama")
+    with servers.redis_server(tmp_path) as server:
+        watching = client.Redis(port=server.port)
+        with opened(server.url) as store:
+            generate(model, PROMPT, GhostCache(model, store), new=1)
+            store.flush()
+            assert len(watching.client_list()) > 1
+        assert len(watching.client_list()) == 1
+        cache = GhostCache(model, store)
+        generate(model, PROMPT, cache, new=1)
+        assert cache.report.cached_tokens == 199
+        store.close()
