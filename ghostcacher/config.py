@@ -37,6 +37,7 @@ class StoreConfig:
     strict: bool = False
     role: Role = "writer"
     admit: Admission = "always"
+    quota_bytes: int | None = None
     remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
 
     @classmethod
@@ -56,6 +57,7 @@ class StoreConfig:
         strict: bool,
         role: str = "writer",
         admit: str = "always",
+        namespace_quota: int | str | None = None,
         environment: Mapping[str, str] = os.environ,
     ) -> Self:
         """Turn the arguments of ``open_store`` and the environment into numbers and paths.
@@ -85,6 +87,7 @@ class StoreConfig:
             strict=strict,
             role=_one_of("role", role, get_args(Role)),
             admit=_one_of("admit", admit, get_args(Admission)),
+            quota_bytes=None if namespace_quota is None else parse_bytes(namespace_quota),
             remote_timeout_seconds=_timeout_seconds(environment),
         )
 

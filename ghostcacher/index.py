@@ -32,6 +32,7 @@ class PrefixIndex:
         self._entries: dict[bytes, Entry] = {}
         self._children: defaultdict[bytes, dict[bytes, dict[bytes, BlockKey]]] = defaultdict(dict)
         self._snapshots: Counter[bytes] = Counter()
+        self._namespaces: Counter[bytes] = Counter()
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class PrefixIndex:
             children = sum(len(run) for run in self._children.get(key.digest, {}).values())
             self._entries[key.digest] = Entry(key, size_bytes, used, lossy, kl, children)
             self.size_bytes += size_bytes
+            self._namespaces[key.namespace] += size_bytes
             if key.is_snapshot:
                 self._snapshots[key.namespace] += size_bytes
             self._children[key.parent].setdefault(key.tokens[:TOKEN_BYTES], {})[key.digest] = key
@@ -141,6 +143,10 @@ class PrefixIndex:
         """Bytes of all snapshots, or of one namespace's (its digest)."""
         return self._snapshots.total() if namespace is None else self._snapshots[namespace]
 
+    def namespace_bytes(self, namespace: bytes) -> int:
+        """Bytes of everything of one namespace, by its digest."""
+        return self._namespaces[namespace]
+
     def snapshot_victims(self, namespace: bytes, needed_bytes: int, policy: EvictionPolicy) -> Iterator[Entry]:
         """Snapshots of ``namespace`` in the policy's order until ``needed_bytes`` would be free; removes none."""
         with self._lock:
@@ -152,15 +158,18 @@ class PrefixIndex:
                 needed_bytes -= entry.size_bytes
                 yield entry
 
-    def victims(self, needed_bytes: int, policy: EvictionPolicy) -> Iterator[Entry]:
+    def victims(self, needed_bytes: int, policy: EvictionPolicy, namespace: bytes | None = None) -> Iterator[Entry]:
         """Evictable leaves in the policy's order until ``needed_bytes`` would be free. Does not remove them.
 
-        A parent becomes a candidate as soon as its last child has been handed out.
+        Of all namespaces, or of one. A parent becomes a candidate as soon as its last child has been handed out.
         """
         with self._lock:
             order = itertools.count()
             left = {digest: entry.children for digest, entry in self._entries.items()}
-            heap = [(policy(entry), next(order), entry) for entry in self._entries.values() if entry.is_evictable]
+            heap = [
+                (policy(entry), next(order), entry) for entry in self._entries.values()
+                if entry.is_evictable and namespace in {None, entry.key.namespace}
+            ]  # fmt: skip
             heapq.heapify(heap)
         while heap and needed_bytes > 0:
             entry = heapq.heappop(heap)[2]
@@ -189,6 +198,7 @@ class PrefixIndex:
         if entry is None:
             return None
         self.size_bytes -= entry.size_bytes
+        self._namespaces[entry.key.namespace] -= entry.size_bytes
         if entry.key.is_snapshot:
             self._snapshots[entry.key.namespace] -= entry.size_bytes
         runs = self._children[entry.key.parent]

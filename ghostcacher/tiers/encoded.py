@@ -53,10 +53,12 @@ class EncodedTier:
         is_local: bool, timeout_seconds: float, budget_bytes: int | None = None, strict: bool = False,
         sweep_lock: AbstractContextManager[object] | None = None, spread: Spread = one_by_one,
         touch_store: Callable[[Sequence[str]], None] | None = None, is_read_only: bool = False,
+        quota_bytes: int | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.is_local = is_local
         self.budget_bytes = budget_bytes
+        self._quota_bytes = quota_bytes
         self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * SNAPSHOT_SHARE)
         self.chain = chain
         self.is_lossy = chain.codec.lossy
@@ -138,7 +140,9 @@ class EncodedTier:
             self._observe(CacheEvent("dropped", "snapshot larger than its share", self.name, key.length, size_bytes))
             return False
         with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
-            if has_room:
+            if not self._is_within_quota(key, size_bytes):
+                self._observe(CacheEvent("dropped", "namespace over its quota", self.name, key.length, size_bytes))
+            elif has_room:
                 self.store.put_many({key.store_key: blob}, timeout_seconds=self.timeout_seconds)
                 is_written = True
             else:
@@ -239,6 +243,16 @@ class EncodedTier:
             needed_bytes = self.index.snapshot_bytes(key.namespace) + size_bytes - self.snapshot_limit_bytes
             self._evict(list(self.index.snapshot_victims(key.namespace, needed_bytes, self._policy)), "snapshots")
         return size_bytes <= self.snapshot_limit_bytes
+
+    def _is_within_quota(self, key: BlockKey, size_bytes: int) -> bool:
+        """Evict leaves of the namespace until this block fits its quota; False if it does not."""
+        if self._quota_bytes is None:
+            return True
+        needed_bytes = self.index.namespace_bytes(key.namespace) + size_bytes - self._quota_bytes
+        if needed_bytes > 0 and self.index.may_displace(key):
+            with self.index.pinned([key.parent]):
+                self._evict(list(self.index.victims(needed_bytes, self._policy, key.namespace)), "quota")
+        return self.index.namespace_bytes(key.namespace) + size_bytes <= self._quota_bytes
 
     @contextlib.contextmanager
     def _room_for(self, key: BlockKey, size_bytes: int) -> Iterator[bool]:

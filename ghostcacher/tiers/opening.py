@@ -49,6 +49,7 @@ def open_store(
     salt: str | None = None,
     role: Role = "writer",
     admit: Admission = "always",
+    namespace_quota: int | str | None = None,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
 ) -> TierStack:
     """Open a store; close it with ``close()`` or as a context manager.
@@ -76,6 +77,8 @@ def open_store(
             anything as used; RAM is its own.
         admit: ``"second-sight"`` stores a block on disk and remotely when it is computed for the second time (by this
             process): prompts that are seen once leave nothing there.
+        namespace_quota: how much of the directory one namespace (a model, a salt) may take, such as ``"10GiB"``: its
+            own oldest blocks go first then, and no other's; None: as much as the budget.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
@@ -86,7 +89,7 @@ def open_store(
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
-        role=role, admit=admit,
+        role=role, admit=admit, namespace_quota=namespace_quota,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 
@@ -141,6 +144,7 @@ def _disk_tier(
         "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
         budget_bytes=config.disk_bytes, strict=config.strict, spread=readers, touch_store=store.touch_many,
         sweep_lock=FileLock(store.root / ".sweep.lock", mode=0o600), is_read_only=config.role == "reader",
+        quota_bytes=config.quota_bytes,
     )  # fmt: skip
     tier.catalog = ListingCatalog(store, tier.reject)
     return tier

@@ -147,6 +147,29 @@ def test_second_sight_stores_far_away_what_comes_twice(llama, generate, tmp_path
         assert known(llama, SECRET, other) == 128
 
 
+def test_a_flood_of_one_namespace_evicts_its_own(llama, generate, tmp_path):
+    """Tenants share a budget: B's prompts never cost A a block, however many there are."""
+    shared = {"directory": tmp_path, "memory": None, "block_tokens": 64, "namespace_quota": "900KiB"}
+    with ghostcacher.open_store(**shared, salt="a") as a, ghostcacher.open_store(**shared, salt="b") as b:
+        generate(llama, SECRET, GhostCache(llama, a), new=1)
+        a.flush()
+        for seed in range(20):
+            generate(llama, random_prompt(200, seed=seed), GhostCache(llama, b), new=1)
+            b.flush()
+            held = sum(
+                entry.size_bytes for entry in b.tiers[0].index.entries() if entry.key.namespace != namespace_of(a)
+            )
+            assert held <= 900 * 1024
+        assert known(llama, SECRET, a) == 227
+        assert known(llama, random_prompt(200, seed=19), b) >= 128
+        assert b.stats().tiers[0].evicted > 0
+        assert a.stats().tiers[0].evicted == 0
+
+
+def namespace_of(store):
+    return next(entry.key.namespace for entry in store.tiers[0].index.entries())
+
+
 @pytest.mark.parametrize("given", [{"role": "owner"}, {"admit": "never"}])
 def test_roles_and_admissions_that_do_not_exist(given, tmp_path):
     with pytest.raises(ConfigurationError, match="choose one of"):
