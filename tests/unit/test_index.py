@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +53,8 @@ def test_counts_hold_whatever_is_added_and_removed(stored, data):
         index.remove(entry.key.digest)
     entries = index.entries()
     assert index.size_bytes == 3 * len(entries) == 3 * len(index)
+    held = Counter(entry.key.namespace for entry in entries)
+    assert {name: index.namespace_bytes(name) for name in held} == {name: 3 * count for name, count in held.items()}
     for entry in entries:
         assert entry.children == sum(other.key.parent == entry.key.digest for other in entries)
 
