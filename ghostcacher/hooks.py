@@ -16,7 +16,7 @@ from torch import nn
 
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
-from ghostcacher.adapters.guard import ReplayCache
+from ghostcacher.adapters.probe import QuietCache
 from ghostcacher.doors import Door, OwnDoor
 from ghostcacher.path import Path, settle
 
@@ -87,7 +87,7 @@ class ModelHooks:
             settle(session, ended_well=output is not None)
 
     def _door(self, call: Call) -> Door | None:
-        if isinstance(call.cache, ReplayCache):
+        if isinstance(call.cache, QuietCache):
             return None
         if _is_own(call):
             own: OwnDoor = call.cache

@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.landing import Landing
-from ghostcacher.adapters.probe import Shape, input_device
+from ghostcacher.adapters.probe import QuietCache, Shape, input_device
 from ghostcacher.blocks import KVBlock
 from ghostcacher.index import Candidate
 from ghostcacher.keys import PrefixChain, unpack_tokens
@@ -18,8 +18,8 @@ from ghostcacher.keys import PrefixChain, unpack_tokens
 REPLAY_TOKENS = 32
 
 
-class ReplayCache(DynamicCache):
-    """A cache that nobody serves: its forwards are the guard's own."""
+class ReplayCache(QuietCache):
+    """An empty cache of the model's kinds of layers."""
 
     def __init__(self, module: Any, shape: Shape) -> None:
         super().__init__(config=module.config)

@@ -20,6 +20,10 @@ from ghostcacher.blocks import KVLayout
 from ghostcacher.errors import UnsupportedModelError
 
 
+class QuietCache(DynamicCache):
+    """A cache that nobody serves or stores from, whoever is attached: its forwards are our own."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a probe showed of a model's cache: its layout, and the kind and device of each layer."""
@@ -62,7 +66,7 @@ def shape_of(module: Any) -> Shape:
         UnsupportedModelError: a layer's class is not known, or the model appends layers that cannot be made anew.
         ValueError: a layer's state is not that of its class.
     """
-    cache = DynamicCache(config=module.config)
+    cache = QuietCache(config=module.config)
     stock = len(cache.layers)
     cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
     tokens = max(PROBE_TOKENS, 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0))

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ghostcacher.adapters.base import base_module
 from ghostcacher.adapters.calls import CallReader
-from ghostcacher.adapters.probe import Shape, input_device
+from ghostcacher.adapters.probe import QuietCache, Shape, input_device
 from ghostcacher.blocks import TensorGroup
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.entropy import require
@@ -146,7 +146,7 @@ def _observe(
     module: Any, shape: Shape, sums: dict[str, _Sums], text: torch.Tensor, prefix_tokens: int, *, seed: int
 ) -> None:
     """Add what one text shows."""
-    cache = DynamicCache(config=module.config)
+    cache = QuietCache(config=module.config)
     with torch.no_grad():
         _run(module, text[:, :prefix_tokens], cache)
     places = [

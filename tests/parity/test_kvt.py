@@ -210,3 +210,22 @@ def test_a_hit_from_memory_reads_no_other_tier(calibrated, models, generate):
         del cache
         both.flush()
         assert "get_many" not in spy.calls
+
+
+def test_channels_that_change_nothing_are_given_no_bits():
+    """Values of a layer whose output is thrown away have no gradient."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    spread = calibrate(model, TEXTS[:1], **SIZES).tables.groups["values"].spread.mean(dim=1)
+    assert spread[1] < 0.01 * min(spread[0], spread[2], spread[3])
+
+
+def test_measuring_inside_attach_is_no_prompt_of_anybodys(models, tmp_path):
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64) as store:
+        with ghostcacher.attach(models("llama"), store) as attached:
+            for _ in range(2):
+                assert evaluate(models("llama"), "raw", TEXTS[:1], block_tokens=64, is_timed=False, **SIZES).kl < 1e-9
+            store.flush()
+        assert attached.reports == []
+        assert store.stats().tiers[0].stored == 0

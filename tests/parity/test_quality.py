@@ -10,9 +10,12 @@ from transformers import DynamicCache
 
 import ghostcacher
 from ghostcacher import GhostCache, attach
+from ghostcacher.adapters.guard import Guard
 from ghostcacher.codecs.header import BlockHeader, Certificate
 from ghostcacher.codecs.quality import MARGIN, divergence
 from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.hooks import hooks_of
+from ghostcacher.keys import Namespace, PrefixChain
 from ghostcacher.research import calibrate
 from ghostcacher.testing.codec import block
 from ghostcacher.testing.models import random_prompt, tiny_model
@@ -267,3 +270,11 @@ def test_certificates_that_are_none_make_a_header_none(certificate):
     rendered = (len(rendered) - 8).to_bytes(8, "little") + rendered[8:]
     with pytest.raises(BlockError, match="header"):
         BlockHeader.parse(rendered)
+
+
+def test_tokens_that_stand_for_images_cannot_be_run_again(models):
+    guard = Guard(models("llama"), hooks_of(models("llama")).adapter.shape)
+    ids = PROMPT[0].tolist()
+    assert guard.trial(PrefixChain.of(ids, Namespace(bytes(32)), 64), 200) is not None
+    assert guard.trial(PrefixChain.of([*ids[:5], 2**30, *ids[6:]], Namespace(bytes(32)), 64), 200) is None
+    assert guard.trial(PrefixChain.of(ids, Namespace(bytes(32)), 64), 32) is None

@@ -143,6 +143,22 @@ def test_credentials_are_never_shown(models, generate, tmp_path, caplog):
     assert "hunter2" not in f"{said}{caplog.text}{store!r}"
 
 
+def test_what_a_server_repeats_of_a_password_ends_here(monkeypatch, redis_url):
+    """One without HELLO answers with its arguments."""
+    store = RedisStore(redis_url)
+
+    def echo():
+        raise RuntimeError("unknown command HELLO, with args beginning with: 3 AUTH user hunter2")
+
+    monkeypatch.setattr(store, "_client", echo)
+    for call in (lambda: store.contains_many([key(1)], timeout_seconds=1.0),
+                 lambda: list(store.list_keys(timeout_seconds=1.0))):  # fmt: skip
+        with pytest.raises(StoreError) as caught:
+            call()
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__
+
+
 @pytest.mark.parametrize(
     "url",
     [

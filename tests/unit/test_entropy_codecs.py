@@ -21,6 +21,7 @@ from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group
@@ -261,3 +262,14 @@ def test_a_block_that_would_grow_is_stored_as_it_is():
     assert coded.header.codec == {"name": "raw"}
     back = decode_blob(bytearray(b"".join(coded.blob)), given_block.key, given_block.layout)
     assert all(map(torch.equal, back.tensors, given_block.tensors))
+
+
+def test_scratch_gives_the_same_memory_again():
+    scratch = Scratch()
+    first = [scratch((4, 8), torch.float32), scratch((4, 8), torch.bfloat16)]
+    scratch.reuse()
+    again = [scratch((4, 8), torch.float32), scratch((2, 8), torch.bfloat16)]
+    assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in first]
+    assert first[0].data_ptr() != first[1].data_ptr()
+    scratch.reuse()
+    assert scratch((400, 8), torch.float32).shape == (400, 8)
