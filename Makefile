@@ -52,7 +52,7 @@ sweep-oldest: test-oldest
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md
 
-# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (15 minutes).
+# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (10 minutes).
 bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/quality.py --write docs/quantisation.md
 

@@ -17,6 +17,7 @@ FADING = 0.9
 
 RETRY_SECONDS = 15.0
 """What was measured of a tier counts for so long: one that was too slow is tried again then."""
+
 GRACE_SECONDS = 0.05
 """Loading may be estimated to take so much longer than computing: less is not worth a wrong estimate."""
 

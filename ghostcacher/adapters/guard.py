@@ -59,10 +59,12 @@ class Guard:
     def trial(self, chain: PrefixChain, end: int) -> Trial | None:
         """Of the tokens before ``end``, the last 32 to be run; None if that cannot be done.
 
-        The model is gone or being trained, there are too few tokens, or some stand for images.
+        The model is gone, being trained or compiled in place, there are too few tokens, or some stand for images.
         """
         module, prefix_tokens = self._module(), end - REPLAY_TOKENS
-        if module is None or module.training or module._compiled_call_impl is not None or prefix_tokens <= 0:  # noqa: SLF001
+        if module is None or module.training or prefix_tokens <= 0:
+            return None
+        if module._compiled_call_impl is not None:  # noqa: SLF001 (what nn.Module.compile() sets has no public name)
             return None
         if max(unpack_tokens(chain.run(0, end))) >= module.get_input_embeddings().num_embeddings:
             return None

@@ -69,9 +69,11 @@ class Certificate:
         """What a header says; ValueError for what is no certificate."""
         if document is None:
             return None
-        budget, predicted, replayed = (document[name] for name in ("budget", "predicted", "replayed"))
+        names = ("budget", "predicted", "replayed")
+        budget, predicted, replayed = (document[name] for name in names)
         numbers = [budget, replayed] if predicted is None else [budget, replayed, predicted]
-        if len(document) != 3 or not all(isinstance(n, float) and math.isfinite(n) and n >= 0 for n in numbers):  # noqa: PLR2004
+        is_sound = all(isinstance(n, float) and math.isfinite(n) and n >= 0 for n in numbers)
+        if len(document) != len(names) or not is_sound:
             raise ValueError("no certificate")
         return cls(budget, predicted, replayed)
 

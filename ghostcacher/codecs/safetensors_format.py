@@ -82,7 +82,8 @@ class CodecChain:
         """``block`` as it is stored. Does not change it.
 
         Raises:
-            BlockError: ``nonfinite`` (see the codec) or ``geometry`` (the block is not of its own layout).
+            BlockError: ``geometry`` (the block is not of its own layout), or what the codec raises: ``nonfinite``,
+                ``uncalibrated``, ``tables``.
         """
         if not block.has_expected_shape():
             raise BlockError("geometry", "the block's tensors do not have the shapes of its layout")

@@ -75,13 +75,9 @@ class SymbolCoder:
         counts = _numbers([len(frame.listed) for frame in frames], torch.int32).view(shape)
         name = self.name
         return {
-            f"{name}.sizes": torch.tensor([len(frame.data) for frame in frames], dtype=torch.int32, device="cpu").view(
-                shape
-            ),
+            f"{name}.sizes": _numbers([len(frame.data) for frame in frames], torch.int32).view(shape),
             f"{name}.listed": counts.sum(dim=1, dtype=torch.int32),
-            f"{name}.widths": torch.tensor([frame.width for frame in frames], dtype=torch.uint8, device="cpu").view(
-                shape
-            ),
+            f"{name}.widths": _numbers([frame.width for frame in frames], torch.uint8).view(shape),
             f"{name}.frames": _bytes(b"".join(frame.data for frame in frames)),
             f"{name}.list": _planes(torch.cat([frame.listed for frame in frames])),
         }

@@ -103,7 +103,7 @@ class Tables:
             raise BlockError("tables", f"the asset {digest[:12]} does not have that content")
         try:
             tensors = load(blob)
-            (header_bytes,) = (int.from_bytes(blob[:8], "little"),)
+            header_bytes = int.from_bytes(blob[:8], "little")
             document = json.loads(json.loads(blob[8 : 8 + header_bytes])["__metadata__"]["ghostcacher"])
             if document["format"] != FORMAT:
                 raise BlockError("tables", f"format {document['format']!r}, this reader knows {FORMAT}")

@@ -6,6 +6,7 @@ memory limit and ``maxmemory-policy allkeys-lru``: what it evicts is a miss, and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 import time
@@ -99,10 +100,8 @@ class RedisStore:
 
     def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
         """See `Store.list_keys`. Times are those of the last use, where the server keeps them."""
-        try:
+        with _as_store_errors("list"):
             found = list(self._client().scan_iter(f"{_PREFIX}{prefix}*", count=LISTED_AT_ONCE))
-        except Exception as error:  # noqa: BLE001 (what redis-py raises has more than one root)
-            raise _error("list", error) from None
         names = (name.decode(errors="replace").removeprefix(_PREFIX) for name in found)
         keys = [key for key in dict.fromkeys(names) if is_key(key)]
         for begin in range(0, len(keys), LISTED_AT_ONCE):
@@ -130,7 +129,7 @@ class RedisStore:
             given = redis.connection.parse_url(self._url)
             made = redis.ConnectionPool.from_url(self._url, **self._options)
             made.connection_class(**made.connection_kwargs)
-        except Exception as error:  # noqa: BLE001 (see `list_keys`)
+        except Exception as error:  # noqa: BLE001 (a URL's options go to constructors, which raise what they like)
             return f"is no URL that redis-py takes ({type(error).__name__}; / ? # @ in a password are written in %XX)"
         return "names a database, and a cluster has none" if self._is_cluster and given.get("db") else None
 
@@ -147,13 +146,11 @@ class RedisStore:
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
-        try:
+        with _as_store_errors(what):
             pipe = self._client().pipeline(transaction=False)
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
-        except Exception as error:  # noqa: BLE001 (see `list_keys`)
-            raise _error(what, error) from None
         return answers
 
     def _all_well(
@@ -170,6 +167,15 @@ def _redis() -> Any:
         return importlib.import_module("redis")
     except ImportError as error:
         raise MissingExtraError("redis", "redis", "remote=redis://") from error
+
+
+@contextlib.contextmanager
+def _as_store_errors(what: str) -> Iterator[None]:
+    """Whatever the client raises as our own error, not chained to it: see `_error`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (redis-py's have several roots: RedisClusterException is no RedisError)
+        raise _error(what, error) from None
 
 
 def _error(what: str, error: BaseException) -> StoreError:

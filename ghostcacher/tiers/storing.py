@@ -93,7 +93,7 @@ class Storing:
         try:
             return certify(tier, capture, wanted, model)
         except Exception as error:  # noqa: BLE001 (the model's own: what cannot be replayed is stored exactly)
-            self._observe(CacheEvent("error", f"cannot replay: {type(error).__name__}: {error}", tier.name))
+            self._observe(CacheEvent("error", f"cannot replay: {type(error).__name__}", tier.name))
             return {}
 
     def _is_coded(self, key: BlockKey) -> bool:
