@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ghostcacher.errors import ConfigurationError
+from ghostcacher.keyring import Secret, read_keyring
 from ghostcacher.units import parse_bytes
 
 DEFAULT_BLOCK_TOKENS = 128
@@ -39,6 +40,7 @@ class StoreConfig:
     admit: Admission = "always"
     quota_bytes: int | None = None
     remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
+    secrets: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def parse(
@@ -58,14 +60,16 @@ class StoreConfig:
         role: str = "writer",
         admit: str = "always",
         namespace_quota: int | str | None = None,
+        key: Secret | Sequence[Secret] | None = None,
         environment: Mapping[str, str] = os.environ,
     ) -> Self:
         """Turn the arguments of ``open_store`` and the environment into numbers and paths.
 
-        Reads ``GHOSTCACHER_HOME``, ``HF_HOME``, ``XDG_CACHE_HOME`` and ``GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``.
+        Reads ``GHOSTCACHER_HOME``, ``HF_HOME``, ``XDG_CACHE_HOME``, ``GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``,
+        ``GHOSTCACHER_KEY`` and ``GHOSTCACHER_KEY_FILE``.
 
         Raises:
-            ConfigurationError: a size, block size or timeout is malformed or out of its range.
+            ConfigurationError: a size, block size, timeout or secret is malformed or out of its range.
         """
         if quality is not None:
             if codec != "raw":
@@ -89,6 +93,7 @@ class StoreConfig:
             admit=_one_of("admit", admit, get_args(Admission)),
             quota_bytes=None if namespace_quota is None else parse_bytes(namespace_quota),
             remote_timeout_seconds=_timeout_seconds(environment),
+            secrets=read_keyring(key, environment),
         )
 
 

@@ -6,7 +6,8 @@ GhostcacherError
 ├── MissingExtraError (ImportError)     an optional package is not installed
 ├── StoreError (OSError)                a store could not do what was asked
 │   ├── StoreTimeoutError (TimeoutError)
-│   └── StoreRefusedError               it is there, and says no
+│   ├── StoreRefusedError               it is there, and says no
+│   └── StoreForgedError                what it gave was not sealed with the key
 └── BlockError (ValueError)             stored bytes are not the block that was asked for
 
 None of them leaves ``model.generate()`` unless the store was opened with ``strict=True``.
@@ -46,6 +47,10 @@ class StoreRefusedError(StoreError):
     """A store that is there says no to what was asked: it is full, read-only, or the value is too large."""
 
 
+class StoreForgedError(StoreError):
+    """A stored value was not sealed with this key, or was changed since."""
+
+
 class BlockError(GhostcacherError, ValueError):
     """Stored bytes do not verify as the block that was asked for.
 
@@ -53,7 +58,8 @@ class BlockError(GhostcacherError, ValueError):
     block's bytes), ``geometry`` (another layout), ``codec`` (unknown or wrong), ``version`` (another format),
     ``lossy`` (an exact store met a lossy block), ``nonfinite`` (NaN or infinity offered to a lossy codec),
     ``frame`` (not what the codec writes), ``uncalibrated`` (a codec that needs tables of the model has none),
-    ``tables`` (an asset of tables is not what its name says), ``memory`` (there is too little to decode it).
+    ``tables`` (an asset of tables is not what its name says), ``memory`` (there is too little to decode it), ``auth``
+    (it does not open with the store's key), ``sealed`` (it is sealed, and this store has no key).
     """
 
     def __init__(self, reason: str, message: str) -> None:

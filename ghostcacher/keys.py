@@ -29,6 +29,8 @@ BLOCK_DOMAIN = b"ghostcacher/block/1\0"
 SNAPSHOT_DOMAIN = b"ghostcacher/snapshot/1\0"
 NAMESPACE_DOMAIN = b"ghostcacher/namespace/1\0"
 TABLES_DOMAIN = b"ghostcacher/tables/1\0"
+SEAL_MAGIC = b"GHOSTKV\x01"
+"""How values begin that are sealed with a key, whoever's."""
 TOKEN_BYTES = 4
 _TOKEN_ID_LIMIT = 2**31
 

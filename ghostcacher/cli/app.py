@@ -12,7 +12,10 @@ from ghostcacher.cli import upkeep
 from ghostcacher.cli.output import Format, emit, fail, table
 from ghostcacher.config import default_directory
 from ghostcacher.errors import GhostcacherError
+from ghostcacher.keyring import read_keyring, write_key
 from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.envelope import Sealing
+from ghostcacher.stores.sealed import SealedDirectory
 from ghostcacher.units import format_bytes, parse_bytes, parse_duration
 
 PROBLEMS = 1
@@ -26,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Directory = Annotated[Path | None, typer.Option("--directory", "-d", help="The store; default: $GHOSTCACHER_HOME.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", help="Of a sealed store; default: $GHOSTCACHER_KEY_FILE, $GHOSTCACHER_KEY.")
+]
 Output = Annotated[Format, typer.Option("--format", "-f", help="What to print.")]
 
 
@@ -44,9 +50,9 @@ def run() -> None:
 
 
 @app.command("ls")
-def ls(directory: Directory = None, output: Output = Format.human) -> None:
+def ls(directory: Directory = None, key_file: KeyFile = None, output: Output = Format.human) -> None:
     """List namespaces: one per set of weights, configuration and salt."""
-    found = upkeep.summaries(_opened(directory))
+    found = upkeep.summaries(_opened(directory, key_file))
     rows: list[list[object]] = [
         [s.namespace[:SHORT_DIGITS], s.model, s.codec, s.blocks, format_bytes(s.size_bytes), _age(s.used_at_seconds)]
         for s in found
@@ -55,9 +61,9 @@ def ls(directory: Directory = None, output: Output = Format.human) -> None:
 
 
 @app.command()
-def stats(directory: Directory = None, output: Output = Format.human) -> None:
+def stats(directory: Directory = None, key_file: KeyFile = None, output: Output = Format.human) -> None:
     """Print totals of the store."""
-    store = _opened(directory)
+    store = _opened(directory, key_file)
     found = upkeep.summaries(store)
     size_bytes = sum(s.size_bytes for s in found)
     totals = {
@@ -71,24 +77,28 @@ def stats(directory: Directory = None, output: Output = Format.human) -> None:
 @app.command()
 def verify(
     directory: Directory = None,
+    key_file: KeyFile = None,
     output: Output = Format.human,
     delete: Annotated[bool, typer.Option("--delete", help="Delete what does not verify.")] = False,
 ) -> None:
     """Read every block and check name, header, key and digest. Exit code 1 if any is unsound."""
-    store = _opened(directory)
+    store = _opened(directory, key_file)
     entries = list(store.list_keys(timeout_seconds=60.0))
     with tqdm(
         total=sum(entry.size_bytes for entry in entries), unit="B", unit_scale=True, disable=None, leave=False
     ) as bar:
-        bad = list(upkeep.unsound(store, entries, lambda size_bytes: _advance(bar, size_bytes)))
+        looked = list(upkeep.unsound(store, entries, lambda size_bytes: _advance(bar, size_bytes)))
+    bad = [found for found in looked if found.reason != upkeep.SEALED]
     if delete:
-        store.delete_many([found.key for found in bad], timeout_seconds=60.0)
+        upkeep.delete(store, bad)
     lines = [f"{found.key}: {found.reason}" for found in bad]
     done = ", deleted" if delete and bad else ""
+    closed = sum(found.reason == upkeep.SEALED for found in looked)
+    sealed = f", {closed:,} sealed and not checked: give --key-file" if closed else ""
     emit(
         output,
-        {"checked": len(entries), "unsound": bad, "deleted": len(bad) if delete else 0},
-        "\n".join([*lines, f"{len(entries):,} blocks checked, {len(bad)} unsound{done}"]),
+        {"checked": len(entries) - closed, "sealed": closed, "unsound": bad, "deleted": len(bad) if delete else 0},
+        "\n".join([*lines, f"{len(entries) - closed:,} blocks checked, {len(bad)} unsound{done}{sealed}"]),
     )
     if bad:
         raise typer.Exit(PROBLEMS)
@@ -97,6 +107,7 @@ def verify(
 @app.command()
 def prune(
     directory: Directory = None,
+    key_file: KeyFile = None,
     output: Output = Format.human,
     older_than: Annotated[str | None, typer.Option(help="Remove what was not used for so long, such as 7d.")] = None,
     to: Annotated[
@@ -107,7 +118,7 @@ def prune(
     """Remove blocks by age or down to a size, children before parents."""
     if (older_than is None) == (to is None):
         fail("prune needs exactly one of --older-than 7d and --to 10GiB")
-    store = _opened(directory)
+    store = _opened(directory, key_file)
     with tqdm(unit=" blocks", disable=None, leave=False) as bar:
         if older_than is not None:
             plan = upkeep.plan_older_than(store, parse_duration(older_than), lambda count: _advance(bar, count))
@@ -120,18 +131,26 @@ def prune(
 def rm(
     namespace: Annotated[str, typer.Argument(help="As ls prints it: the first digits are enough.")],
     directory: Directory = None,
+    key_file: KeyFile = None,
     output: Output = Format.human,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
     """Remove a namespace."""
-    store = _opened(directory)
+    store = _opened(directory, key_file)
     found = [name for name in store.namespaces() if name.startswith(namespace.lower())]
     if len(found) != 1 or not namespace:
         fail(f"{len(found)} namespaces begin with {namespace!r}; `ghostcacher ls` prints them")
     _carry_out(upkeep.plan_namespace(store, found[0]), store, output, dry_run=dry_run)
 
 
-def _carry_out(plan: upkeep.RemovalPlan, store: DirectoryStore, output: Format, *, dry_run: bool) -> None:
+@app.command("new-key")
+def new_key(path: Annotated[Path, typer.Argument(help="A file that does not stand yet.")]) -> None:
+    """Make a key file for open_store(key=…), which only its user may read."""
+    write_key(path)
+    emit(Format.human, None, f"wrote a new key to {path}; whoever has it can read and forge what it seals")
+
+
+def _carry_out(plan: upkeep.RemovalPlan, store: upkeep.Directory, output: Format, *, dry_run: bool) -> None:
     if not dry_run:
         plan.execute(store)
     verb = "would remove" if dry_run else "removed"
@@ -142,11 +161,13 @@ def _carry_out(plan: upkeep.RemovalPlan, store: DirectoryStore, output: Format, 
     )
 
 
-def _opened(directory: Path | None) -> DirectoryStore:
+def _opened(directory: Path | None, key_file: Path | None) -> upkeep.Directory:
     root = directory if directory is not None else default_directory()
     if not root.is_dir():
         fail(f"there is no store in {root}; give another with --directory")
-    return DirectoryStore(root)
+    secrets = read_keyring(key_file)
+    store = DirectoryStore(root, is_sealed=bool(secrets))
+    return SealedDirectory(store, [Sealing.of(secret) for secret in secrets]) if secrets else store
 
 
 def _age(used_at_seconds: float) -> str:

@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest, spoken
-from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.keys import TABLES
 from ghostcacher.stores.base import Buffer, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.sealed import SealedDirectory
 
 _TIMEOUT_SECONDS = 60.0
 _HEAD_BYTES = 8192
 _WHOLE_BYTES = 2**40
 _NOBODY = "?"
 
+SEALED = "sealed"
+"""The reason of what a key might open, if there was one."""
+
 Progress = Callable[[int], None]
+Directory = DirectoryStore | SealedDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,15 @@ class NamespaceSummary:
 
 @dataclass(frozen=True, slots=True)
 class Unsound:
-    """A stored entry that does not verify, and why (a `BlockError.reason`, or ``unreadable``)."""
+    """A stored entry that does not verify, and why (a `BlockError.reason`, or ``unreadable``).
+
+    ``is_named``: ``key`` is the name of a sealed entry, whose true key nobody knows.
+    """
 
     key: str
     reason: str
     size_bytes: int
+    is_named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,7 @@ class RemovalPlan:
         """Bytes that would be freed."""
         return sum(entry.size_bytes for entry in self.entries)
 
-    def execute(self, store: DirectoryStore) -> None:
+    def execute(self, store: Directory) -> None:
         """Remove the entries.
 
         Raises:
@@ -62,7 +71,7 @@ class RemovalPlan:
         store.delete_many([entry.key for entry in self.entries], timeout_seconds=_TIMEOUT_SECONDS)
 
 
-def summaries(store: DirectoryStore) -> list[NamespaceSummary]:
+def summaries(store: Directory) -> list[NamespaceSummary]:
     """Every namespace, the largest first. Reads one header per namespace."""
     found = []
     for namespace in store.namespaces():
@@ -83,22 +92,38 @@ def summaries(store: DirectoryStore) -> list[NamespaceSummary]:
     return sorted(found, key=lambda summary: -summary.size_bytes)
 
 
-def unsound(store: DirectoryStore, entries: Sequence[StoredEntry], progress: Progress) -> Iterator[Unsound]:
-    """Read every entry in full; those whose name, header, key or digest does not hold. ``progress`` gets bytes."""
+def unsound(store: Directory, entries: Sequence[StoredEntry], progress: Progress) -> Iterator[Unsound]:
+    """Read every entry in full; those whose name, header, key, digest or seal does not hold. ``progress`` gets bytes.
+
+    Among them, with the reason `SEALED`, those that nobody can check without a key.
+    """
     for entry in entries:
         reason = _why_unsound(store, entry)
         progress(entry.size_bytes)
         if reason is not None:
             yield Unsound(entry.key, reason, entry.size_bytes)
+    if isinstance(store, SealedDirectory):
+        yield from (Unsound(entry.key, "auth", entry.size_bytes, is_named=True) for entry in store.damaged())
 
 
-def plan_older_than(store: DirectoryStore, seconds: float, progress: Progress, now: float | None = None) -> RemovalPlan:
+def delete(store: Directory, entries: Sequence[Unsound]) -> None:
+    """Remove what was found unsound.
+
+    Raises:
+        StoreError: one of them still stands.
+    """
+    store.delete_many([found.key for found in entries if not found.is_named], timeout_seconds=_TIMEOUT_SECONDS)
+    if isinstance(store, SealedDirectory):
+        store.delete_named([found.key for found in entries if found.is_named])
+
+
+def plan_older_than(store: Directory, seconds: float, progress: Progress, now: float | None = None) -> RemovalPlan:
     """Everything unused for ``seconds``, except what newer blocks chain from."""
     limit = (time.time() if now is None else now) - seconds
     return RemovalPlan(tuple(entry for entry in _children_first(store, progress) if entry.modified_seconds < limit))
 
 
-def plan_down_to(store: DirectoryStore, size_bytes: int, progress: Progress) -> RemovalPlan:
+def plan_down_to(store: Directory, size_bytes: int, progress: Progress) -> RemovalPlan:
     """The least recently used leaves, until at most ``size_bytes`` are left."""
     order = list(_children_first(store, progress))
     excess_bytes = sum(entry.size_bytes for entry in order) - size_bytes
@@ -111,12 +136,12 @@ def plan_down_to(store: DirectoryStore, size_bytes: int, progress: Progress) -> 
     return RemovalPlan(tuple(chosen))
 
 
-def plan_namespace(store: DirectoryStore, prefix: str) -> RemovalPlan:
+def plan_namespace(store: Directory, prefix: str) -> RemovalPlan:
     """Everything in the namespaces that begin with ``prefix``."""
     return RemovalPlan(tuple(store.list_keys(prefix, timeout_seconds=_TIMEOUT_SECONDS)))
 
 
-def read_header(store: DirectoryStore, key: str) -> BlockHeader | BlockError | StoreError | None:
+def read_header(store: Directory, key: str) -> BlockHeader | BlockError | StoreError | None:
     """The header of one entry, or what is wrong with it, or None if it is gone."""
     for limit_bytes in (_HEAD_BYTES, HEADER_LIMIT_BYTES + _HEAD_BYTES):
         value = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=_TIMEOUT_SECONDS).get(key)
@@ -131,7 +156,7 @@ def read_header(store: DirectoryStore, key: str) -> BlockHeader | BlockError | S
     return found
 
 
-def _children_first(store: DirectoryStore, progress: Progress) -> list[StoredEntry]:
+def _children_first(store: Directory, progress: Progress) -> list[StoredEntry]:
     """All entries by last use, a parent never before its children: it counts as used when its children were."""
     listed = store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)
     entries = {entry.key: entry for entry in listed if not entry.key.startswith(TABLES.hex)}
@@ -150,8 +175,10 @@ def _children_first(store: DirectoryStore, progress: Progress) -> list[StoredEnt
     return [StoredEntry(key, entries[key].size_bytes, used[key]) for key in order]
 
 
-def _why_unsound(store: DirectoryStore, entry: StoredEntry) -> str | None:
+def _why_unsound(store: Directory, entry: StoredEntry) -> str | None:
     value = store.get_many([entry.key], limit_bytes=_WHOLE_BYTES, timeout_seconds=_TIMEOUT_SECONDS).get(entry.key)
+    if isinstance(value, StoreForgedError):
+        return "auth"
     if value is None or isinstance(value, StoreError):
         return "unreadable"
     if entry.key.startswith(TABLES.hex):

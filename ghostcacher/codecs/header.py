@@ -17,7 +17,7 @@ from typing import Any, Self
 import xxhash
 
 from ghostcacher.errors import BlockError
-from ghostcacher.keys import BlockKey, pack_tokens, unpack_tokens
+from ghostcacher.keys import SEAL_MAGIC, BlockKey, pack_tokens, unpack_tokens
 
 FORMAT_VERSION = 1
 HEADER_LIMIT_BYTES = 2**20
@@ -178,8 +178,11 @@ def header_bytes(blob: Buffer) -> int:
     """Length of prefix and JSON, as the blob's first 8 bytes say.
 
     Raises:
-        BlockError: ``header``: shorter than a header, above 1 MiB, or not beginning as a block does.
+        BlockError: ``header``: shorter than a header, above 1 MiB, or not beginning as a block does; ``sealed``: it
+            can be read with a key only.
     """
+    if bytes(blob[: len(SEAL_MAGIC)]) == SEAL_MAGIC:
+        raise BlockError("sealed", "a sealed block, and this store has no key")
     if len(blob) < _DATA_AT_LEAST:
         raise BlockError("header", f"{len(blob)} bytes are too few for a header")
     (text_bytes,) = struct.unpack_from("<Q", blob)
@@ -223,6 +226,16 @@ def check_digest(blob: Buffer) -> None:
     view = memoryview(blob)
     if payload_digest(view[:end], [view[end:]]) != bytes(view[_DIGEST_AT:_DATA_AT_LEAST]).decode("ascii", "replace"):
         raise BlockError("corrupt", "the digest does not match the bytes")
+
+
+def recorded_digest(blob: Buffer) -> str:
+    """The digest that ``blob`` says it has.
+
+    Raises:
+        BlockError: ``header`` or ``sealed``, as `header_bytes`.
+    """
+    header_bytes(blob)
+    return bytes(blob[_DIGEST_AT:_DATA_AT_LEAST]).decode("ascii", "replace")
 
 
 def _check_version(version: object) -> None:

@@ -47,8 +47,11 @@ class Store(Protocol):
         """
         ...
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """Write every value whole or not at all, replacing what stood there. A reader sees the old or the new.
+
+        Without ``replace`` what stands there stays, whoever was first; those keys are given back. Of several writers
+        at once exactly one is the first, where the store can tell (`FilesystemStore` says where it cannot).
 
         Raises:
             StoreError: at least one was not written.

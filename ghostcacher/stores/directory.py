@@ -24,15 +24,23 @@ _PARTIAL = re.compile(r"\.(\d+)-[0-9a-f]{16}\.partial")
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _IOV_LIMIT = 512
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""Errors of file systems without hard links: there the last of two writers at once wins, as everywhere before."""
 
 
 class DirectoryStore:
-    """Files under ``root/v1/<namespace>/<2 hex>/<key>.safetensors``, mode 0600 in directories of mode 0700."""
+    """Files under ``root/v1/<namespace>/<2 hex>/<key>.safetensors``, mode 0600 in directories of mode 0700.
+
+    Anything but a regular file of this user counts as absent.
+    """
 
     name = "disk"
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, is_sealed: bool = False) -> None:
         """Creates ``root`` if need be and sweeps partial files that dead processes left.
+
+        If ``is_sealed``, what is written here can be forged by nobody: ``root`` may belong to another user and others
+        may write to it, and files and directories below it get its mode.
 
         Raises:
             ConfigurationError: ``root`` is not a directory, belongs to another user, or others may write to it.
@@ -46,7 +54,12 @@ class DirectoryStore:
             raise ConfigurationError(f"{self.root} is not a directory; give open_store another one") from error
         except OSError as error:
             raise StoreError(error.errno, f"cannot create the store's directory {self.root}") from error
-        _refuse_untrusted(self.root, status)
+        self._owner = None if is_sealed else os.geteuid()
+        self._mode = 0o700
+        if is_sealed:
+            self._mode |= status.st_mode & 0o077
+        else:
+            _refuse_untrusted(self.root, status)
         self._sweep_partials()
 
     def get_many(
@@ -56,20 +69,23 @@ class DirectoryStore:
         found: dict[str, Buffer | StoreError] = {}
         for key in keys:
             try:
-                value = _read(self._path(key), limit_bytes)
+                value = _read(self._path(key), limit_bytes, self._owner)
             except OSError as error:
                 found[key] = StoreError(error.errno, f"cannot read a block: {error.strerror}")
             else:
                 found |= {} if value is None else {key: value}
         return found
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`."""
+        stood = set()
         for key, blob in items.items():
             try:
-                self._write(self._path(key), blob)
+                if not self._write(self._path(key), blob, replace=replace):
+                    stood.add(key)
             except OSError as error:
                 raise StoreError(error.errno, f"cannot write a block: {error.strerror}") from error
+        return frozenset(stood)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""
@@ -120,7 +136,10 @@ class DirectoryStore:
     def _path(self, key: str) -> str:
         return f"{self.root}/{relative_path(checked_key(key))}"
 
-    def _write(self, path: str, blob: Blob) -> None:
+    def _write(self, path: str, blob: Blob, *, replace: bool) -> bool:
+        """Whether it was written: it is not where something stands that is not to be replaced."""
+        if not replace and os.path.lexists(path):
+            return False
         folder = os.path.dirname(path)  # noqa: PTH120
         partial = f"{folder}/.{os.getpid()}-{secrets.token_hex(8)}.partial"
         descriptor = self._create(folder, partial)
@@ -130,22 +149,22 @@ class DirectoryStore:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            os.replace(partial, path)  # noqa: PTH105
+            return _moved(partial, path, replace=replace)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(partial)  # noqa: PTH108
             raise
 
-    @staticmethod
-    def _create(folder: str, partial: str) -> int:
+    def _create(self, folder: str, partial: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        mode = self._mode & 0o666
         try:
-            return os.open(partial, flags, 0o600)
+            return os.open(partial, flags, mode)
         except FileNotFoundError:
             bucket = Path(folder)
             for level in (bucket.parent.parent.parent, bucket.parent.parent, bucket.parent, bucket):
-                level.mkdir(mode=0o700, exist_ok=True)
-            return os.open(partial, flags, 0o600)
+                level.mkdir(mode=self._mode, exist_ok=True)
+            return os.open(partial, flags, mode)
 
     def _sweep_partials(self) -> None:
         for bucket in self.buckets():
@@ -156,7 +175,25 @@ class DirectoryStore:
                         os.unlink(entry.path)  # noqa: PTH108
 
 
-def _read(path: str, limit_bytes: int) -> bytearray | None:
+def _moved(partial: str, path: str, *, replace: bool) -> bool:
+    """Give ``partial`` its name; False if something has it that is not to be replaced."""
+    if not replace:
+        try:
+            os.link(partial, path, follow_symlinks=False)
+        except FileExistsError:
+            os.unlink(partial)  # noqa: PTH108
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            os.unlink(partial)  # noqa: PTH108
+            return True
+    os.replace(partial, path)  # noqa: PTH105
+    return True
+
+
+def _read(path: str, limit_bytes: int, owner: int | None) -> bytearray | None:
     try:
         descriptor = os.open(path, _READ_FLAGS)
     except FileNotFoundError:
@@ -167,7 +204,7 @@ def _read(path: str, limit_bytes: int) -> bytearray | None:
         raise
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        if not stat.S_ISREG(status.st_mode) or (owner is not None and status.st_uid != owner):
             return None
         return _read_whole(descriptor, min(status.st_size, limit_bytes))
     finally:

@@ -20,13 +20,17 @@ from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, key_
 
 _EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
 _NEEDS_MOVE = frozenset({"file", "local"})
+_CREATES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
+"""Schemes whose implementations write an object only if there is none, in one step."""
 _Result = TypeVar("_Result")
 
 
 class FilesystemStore:
     """Objects at ``<url>/v1/<namespace>/<2 hex>/<key>.safetensors``.
 
-    The client blocks; the tier above it keeps the deadline.
+    The client blocks; the tier above it keeps the deadline. Of two writers at once who do not replace, one is told that
+    the other was first: on S3, Google and local files by the store itself, elsewhere by looking before writing, which
+    two may do at once.
     """
 
     name = "remote"
@@ -65,14 +69,16 @@ class FilesystemStore:
                 values[key] = value
         return values
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`."""
         values = {self._path(key): b"".join(blob) for key, blob in items.items()}
-        if self.scheme in _NEEDS_MOVE:
-            for path, value in values.items():
-                self._call("write", lambda path=path, value=value: self._put_moving(path, value))  # type: ignore[misc]
-        elif values:
+        if not values:
+            return frozenset()
+        if replace and self.scheme not in _NEEDS_MOVE:
             self._call("write", lambda: self._fs.pipe(values))
+            return frozenset()
+        written = {key: self._put(self._path(key), values[self._path(key)], replace=replace) for key in items}
+        return frozenset(key for key, is_written in written.items() if not is_written)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`. Reads one byte of each, as that is what fsspec does concurrently."""
@@ -108,12 +114,33 @@ class FilesystemStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/{relative_path(checked_key(key))}"
 
-    def _put_moving(self, path: str, value: bytes) -> None:
+    def _put(self, path: str, value: bytes, *, replace: bool) -> bool:
+        """Write one object; False if one stands that is not to be replaced."""
+        try:
+            if self.scheme in _NEEDS_MOVE:
+                self._call("write", lambda: self._put_moving(path, value, replace=replace))
+            elif self.scheme in _CREATES:
+                self._call("write", lambda: self._fs.pipe_file(path, value, mode="create"))
+            elif self._call("look up", lambda: self._fs.exists(path)):
+                return False
+            else:
+                self._call("write", lambda: self._fs.pipe_file(path, value))
+        except StoreError as error:
+            if not replace and _is_presence(error.__cause__):
+                return False
+            raise
+        return True
+
+    def _put_moving(self, path: str, value: bytes, *, replace: bool) -> None:
         partial = f"{path}.{secrets.token_hex(8)}.partial"
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         try:
             self._fs.pipe_file(partial, value)
-            self._fs.mv(partial, path)
+            if replace:
+                self._fs.mv(partial, path)
+            else:
+                self._fs.link(partial, path)
+                self._fs.rm_file(partial)
         except BaseException:
             if self._fs.exists(partial):
                 self._fs.rm_file(partial)
@@ -148,6 +175,10 @@ def _open(url: str, scheme: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
 def _is_absence(error: BaseException | None) -> bool:
     return isinstance(error, FileNotFoundError)
+
+
+def _is_presence(error: BaseException | None) -> bool:
+    return isinstance(error, FileExistsError) or type(error).__name__ == "AlreadyExistsError"  # obstore's own
 
 
 def _modified_seconds(info: Mapping[str, Any]) -> float:

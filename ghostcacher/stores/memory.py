@@ -24,10 +24,16 @@ class MemoryStore:
         found = {key: self._values.get(checked_key(key)) for key in keys}
         return {key: value[0][:limit_bytes] for key, value in found.items() if value is not None}
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`."""
+        stood = set()
         for key, blob in items.items():
-            self._values[checked_key(key)] = (b"".join(blob), time.time())
+            made = (b"".join(blob), time.time())
+            if replace:
+                self._values[checked_key(key)] = made
+            elif self._values.setdefault(checked_key(key), made) is not made:
+                stood.add(key)
+        return frozenset(stood)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""

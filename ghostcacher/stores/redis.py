@@ -75,7 +75,7 @@ class RedisStore:
                 values[key] = value
         return values
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`.
 
         Raises:
@@ -87,7 +87,10 @@ class RedisStore:
             raise StoreRefusedError(
                 "a block above the 512 MiB that Redis takes: open the store with smaller block_tokens"
             )
-        self._all_well("write", values, lambda pipe, name: pipe.set(name, values[name.removeprefix(_PREFIX)]))
+        answers = self._all_well(
+            "write", values, lambda pipe, name: pipe.set(name, values[name.removeprefix(_PREFIX)], nx=not replace)
+        )
+        return frozenset(key for key, is_written in zip(values, answers, strict=True) if not is_written)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""

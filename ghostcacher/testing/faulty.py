@@ -26,10 +26,10 @@ class FaultyStore:
         self._enter("get_many")
         return self.store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds)
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`."""
         self._enter("put_many")
-        self.store.put_many(items, timeout_seconds=timeout_seconds)
+        return self.store.put_many(items, timeout_seconds=timeout_seconds, replace=replace)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""

@@ -51,6 +51,33 @@ class StoreContract:
         self.write(store, k1=[b"second"])
         assert self.read(store, key(1)) == {key(1): b"second"}
 
+    def test_without_replacing_what_stands_stays_and_is_named(self, store: Store) -> None:
+        self.write(store, k1=[b"first"])
+        items = {key(1): [b"second"], key(2): [b"new"]}
+        stood = store.put_many(items, timeout_seconds=SECONDS, replace=False)
+        assert stood == frozenset({key(1)})
+        assert self.read(store, key(1), key(2)) == {key(1): b"first", key(2): b"new"}
+        assert store.put_many(items, timeout_seconds=SECONDS) == frozenset()
+        assert self.read(store, key(1)) == {key(1): b"second"}
+
+    def test_of_several_writers_at_once_exactly_one_is_first(self, store: Store) -> None:
+        for number in range(10):
+            stood: list[frozenset[str]] = []
+            start = threading.Barrier(3)
+
+            def write(value: bytes, number: int = number, start: threading.Barrier = start) -> None:
+                start.wait()
+                made = store.put_many({key(number): [value]}, timeout_seconds=SECONDS, replace=False)
+                stood.append(made)  # noqa: B023 (joined within the turn)
+
+            writers = [threading.Thread(target=write, args=(letter * 2_000,)) for letter in (b"a", b"b", b"c")]
+            for writer in writers:
+                writer.start()
+            for writer in writers:
+                writer.join()
+            assert sorted(len(made) for made in stood) == [0, 1, 1]
+            assert self.read(store, key(number))[key(number)] in {b"a" * 2_000, b"b" * 2_000, b"c" * 2_000}
+
     def test_what_was_got_does_not_change_with_the_store(self, store: Store) -> None:
         self.write(store, k1=[b"before"])
         held = store.get_many([key(1)], limit_bytes=100, timeout_seconds=SECONDS)[key(1)]

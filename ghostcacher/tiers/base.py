@@ -44,6 +44,7 @@ class TierStats:
     """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far).
 
     ``kl_median`` and ``kl_most`` are over the ``certified`` blocks: the KL that was replayed when they were stored.
+    ``conflicts`` counts blocks that were not stored because the store holds other values under their key.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TierStats:
     certified: int = 0
     kl_median: float | None = None
     kl_most: float | None = None
+    conflicts: int = 0
 
     @property
     def bytes_per_token(self) -> float:

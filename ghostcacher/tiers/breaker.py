@@ -49,11 +49,11 @@ class BreakerStore:
             lambda values: any(isinstance(value, StoreError) for value in values.values()),
         )
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`."""
         if not items:
-            return
-        self._asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds))
+            return frozenset()
+        return self._asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds, replace=replace))
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""

@@ -6,15 +6,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader
-from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import TABLES, BlockKey, PrefixChain
-from ghostcacher.stores.base import Store, StoredEntry
+from ghostcacher.stores.base import Buffer, Store, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.sealed import SealedDirectory
 
 HEAD_BYTES = 8192
 TAIL_STEP_TOKENS = 16
@@ -51,7 +51,7 @@ class Catalog(Protocol):
 class ListingCatalog:
     """For a directory: lists the buckets that changed since the last look and reads the heads of new files."""
 
-    def __init__(self, store: DirectoryStore, reject: Reject) -> None:
+    def __init__(self, store: DirectoryStore | SealedDirectory, reject: Reject) -> None:
         self._store = store
         self._reject = reject
         self._seen: dict[str, int] = {}
@@ -65,7 +65,7 @@ class ListingCatalog:
 
     def refresh_all(self, index: PrefixIndex) -> None:
         """See `Catalog.refresh_all`."""
-        buckets = [bucket for bucket in self._store.buckets() if Path(bucket.path).parent.name != TABLES.hex]
+        buckets = list(self._store.buckets())
         self._refresh(buckets, index)
         for gone in self._known.keys() - {bucket.path for bucket in buckets}:
             self._drop(self._known.pop(gone), index)
@@ -85,7 +85,8 @@ class ListingCatalog:
                 self._seen[bucket.path] = changed_ns
 
     def _list(self, bucket: str, index: PrefixIndex) -> None:
-        found = {entry.key: entry for entry in self._store.entries_in(bucket)}
+        entries = self._store.entries_in(bucket)
+        found = {entry.key: entry for entry in entries if not entry.key.startswith(TABLES.hex)}
         known = self._known.get(bucket, set())
         self._drop(known - found.keys(), index)
         for key, entry in found.items():
@@ -153,7 +154,12 @@ def _candidates(chain: PrefixChain) -> Iterator[BlockKey]:
 
 
 def heads(store: Store, keys: list[str], timeout_seconds: float = 60.0) -> Iterator[BlockHeader]:
-    """The headers of ``keys``, reading no more of each value than its header needs.
+    """The headers of ``keys``; see `heads_of`."""
+    return (header for header, _ in heads_of(store, keys, timeout_seconds))
+
+
+def heads_of(store: Store, keys: list[str], timeout_seconds: float) -> Iterator[tuple[BlockHeader, Buffer]]:
+    """The headers of ``keys`` and the bytes they were in, reading no more of each value than its header needs.
 
     Raises:
         BlockError: a value has no block's header.
@@ -163,10 +169,12 @@ def heads(store: Store, keys: list[str], timeout_seconds: float = 60.0) -> Itera
         found = store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds)
         again = []
         for key, value in found.items():
+            if isinstance(value, StoreForgedError):
+                raise BlockError("auth", "it does not open with the store's key")
             if isinstance(value, StoreError):
                 raise value
             try:
-                yield BlockHeader.parse(value)
+                yield BlockHeader.parse(value), value
             except BlockError:
                 if len(value) < limit_bytes or limit_bytes > HEAD_BYTES:
                     raise

@@ -35,9 +35,11 @@ class DeadlineStore:
             lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
         )
 
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float) -> None:
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
         """See `Store.put_many`; raises StoreTimeoutError when time is up."""
-        self._within(timeout_seconds, lambda: self._store.put_many(items, timeout_seconds=timeout_seconds))
+        return self._within(
+            timeout_seconds, lambda: self._store.put_many(items, timeout_seconds=timeout_seconds, replace=replace)
+        )
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`; raises StoreTimeoutError when time is up."""

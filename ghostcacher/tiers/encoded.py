@@ -13,7 +13,7 @@ from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
 from ghostcacher.codecs.registry import record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, Coded, decode_blob
 from ghostcacher.codecs.scratch import Scratch
-from ghostcacher.errors import BlockError, StoreError
+from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.gate import Line
@@ -32,10 +32,11 @@ from ghostcacher.tiers.base import (
 )
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
+from ghostcacher.tiers.creating import Created, create
 
 SWEEP_SHARE = 0.05
 BATCH_BLOCKS = 2
-_KEEP = frozenset({"version", "lossy", "codec", "memory"})
+_KEEP = frozenset({"version", "lossy", "codec", "memory", "sealed"})
 
 
 class _PerThread(threading.local):
@@ -135,7 +136,7 @@ class EncodedTier:
             return False
         blob = coded.blob
         size_bytes = sum(len(part) for part in blob)
-        is_written = False
+        created: Created | None = None
         if key.is_snapshot and not self._has_share(key, size_bytes):
             self._observe(CacheEvent("dropped", "snapshot larger than its share", self.name, key.length, size_bytes))
             return False
@@ -143,17 +144,16 @@ class EncodedTier:
             if not self._is_within_quota(key, size_bytes):
                 self._observe(CacheEvent("dropped", "namespace over its quota", self.name, key.length, size_bytes))
             elif has_room:
-                self.store.put_many({key.store_key: blob}, timeout_seconds=self.timeout_seconds)
-                is_written = True
+                held = self.index.get(key.digest) is not None
+                created = create(self.store, coded, blob, replace=held, timeout_seconds=self.timeout_seconds)
             else:
                 self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
-        if is_written:
-            header = coded.header
+        if created is not None:
+            header = created.header
             kl = header.certificate.replayed if header.certificate else None
             self.remove(self.index.add(key, size_bytes, lossy=header.lossy, kl=kl))
-            self._counts.add("stored")
-            self._observe(CacheEvent("stored", "", self.name, key.length, size_bytes))
-        return is_written
+            self._note(created, key.length, size_bytes)
+        return created is not None
 
     def remove(self, keys: Iterable[BlockKey]) -> None:
         """See `Tier.remove`."""
@@ -204,7 +204,7 @@ class EncodedTier:
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
             c["evicted"], c["rejected"], c["errors"], name, codec.lossy, *content_counts(self.index),
-            *certified_counts(self.index),
+            *certified_counts(self.index), conflicts=c["conflicts"],
         )  # fmt: skip
 
     def _read(
@@ -216,6 +216,9 @@ class EncodedTier:
             )
             for key in batch:
                 value = values.get(key.store_key)
+                if isinstance(value, StoreForgedError):
+                    self.reject(key.store_key, "auth")
+                    continue
                 if isinstance(value, StoreError):
                     raise value
                 if value is None:
@@ -234,6 +237,14 @@ class EncodedTier:
             return False
         place(block)
         return True
+
+    def _note(self, created: Created, tokens: int, size_bytes: int) -> None:
+        if created.outcome == "stored":
+            self._counts.add("stored")
+            self._observe(CacheEvent("stored", "", self.name, tokens, size_bytes))
+        elif created.outcome == "conflict":
+            self._counts.add("conflicts")
+            self._observe(CacheEvent("dropped", "conflict: it stands with other values", self.name, tokens, size_bytes))
 
     def _has_share(self, key: BlockKey, size_bytes: int) -> bool:
         """Evict snapshots of the namespace until this one fits its share; False if it never does."""

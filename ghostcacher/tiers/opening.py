@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from filelock import FileLock
 
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
-from ghostcacher.events import CacheEvent, LogObserver, Observer
+from ghostcacher.events import CacheEvent, LogObserver, Observer, logger
 from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.keyring import Secret
 from ghostcacher.stores.base import Store
 from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.envelope import Sealing
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.stores.redis import SCHEMES, RedisStore
+from ghostcacher.stores.sealed import SealedDirectory, SealedStore
 from ghostcacher.tiers.base import Tier
 from ghostcacher.tiers.breaker import BreakerStore
 from ghostcacher.tiers.catalog import ListingCatalog, ProbingCatalog
@@ -50,6 +53,7 @@ def open_store(
     role: Role = "writer",
     admit: Admission = "always",
     namespace_quota: int | str | None = None,
+    key: Secret | Sequence[Secret] | None = None,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
 ) -> TierStack:
     """Open a store; close it with ``close()`` or as a context manager.
@@ -79,6 +83,9 @@ def open_store(
             process): prompts that are seen once leave nothing there.
         namespace_quota: how much of the directory one namespace (a model, a salt) may take, such as ``"10GiB"``: its
             own oldest blocks go first then, and no other's; None: as much as the budget.
+        key: seals disk and remote: names are HMACs, contents AES-256-GCM; what was not sealed with it is a miss. Bytes
+            (32 or more), or the path of a file (``ghostcacher new-key``); of several the first seals, all open. None:
+            what ``$GHOSTCACHER_KEY_FILE`` or ``$GHOSTCACHER_KEY`` say, or no sealing. Needs ``ghostcacher[seal]``.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
@@ -89,7 +96,7 @@ def open_store(
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
-        role=role, admit=admit, namespace_quota=namespace_quota,
+        role=role, admit=admit, namespace_quota=namespace_quota, key=key,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 
@@ -98,8 +105,9 @@ def open_store(
             observer(event)
 
     readers = Readers()
-    directory_store = None if config.disk_bytes is None else DirectoryStore(config.directory)
-    remote_store = None if config.remote is None else _remote_store(config.remote, config.remote_timeout_seconds)
+    ring = tuple(Sealing.of(secret) for secret in config.secrets)
+    directory_store = None if config.disk_bytes is None else _directory_store(config, ring)
+    remote_store = None if config.remote is None else _remote_store(config.remote, config, ring)
     stores = [store for store in (directory_store, remote_store) if store is not None]
     shelf = Shelf(stores, config.remote_timeout_seconds)
     codecs = (config.memory_codec, config.disk_codec, config.remote_codec)
@@ -137,8 +145,13 @@ def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, reade
     )  # fmt: skip
 
 
+def _directory_store(config: StoreConfig, ring: Sequence[Sealing]) -> DirectoryStore | SealedDirectory:
+    store = DirectoryStore(config.directory, is_sealed=bool(ring))
+    return SealedDirectory(store, ring) if ring else store
+
+
 def _disk_tier(
-    config: StoreConfig, store: DirectoryStore, chain: CodecChain, observe: Observer, readers: Readers
+    config: StoreConfig, store: DirectoryStore | SealedDirectory, chain: CodecChain, observe: Observer, readers: Readers
 ) -> EncodedTier:
     tier = EncodedTier(
         "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
@@ -150,10 +163,16 @@ def _disk_tier(
     return tier
 
 
-def _remote_store(url: str, timeout_seconds: float) -> Store:
-    is_redis = url.partition("://")[0] in SCHEMES
-    client: Store = RedisStore(url, timeout_seconds=timeout_seconds) if is_redis else FilesystemStore(url)
-    return BreakerStore(DeadlineStore(client))
+def _remote_store(url: str, config: StoreConfig, ring: Sequence[Sealing]) -> Store:
+    scheme, timeout_seconds = url.partition("://")[0], config.remote_timeout_seconds
+    client: Store = RedisStore(url, timeout_seconds=timeout_seconds) if scheme in SCHEMES else FilesystemStore(url)
+    store = BreakerStore(DeadlineStore(client))
+    if not ring and scheme != "memory":
+        logger.warning(
+            "the remote tier is not sealed: who can write to it can forge blocks, who can read it sees what prompts "
+            "hold; seal it with open_store(key=…)"
+        )
+    return SealedStore(store, ring) if ring else store
 
 
 def _remote_tier(

@@ -22,9 +22,11 @@ from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.stores.directory import DirectoryStore
+from ghostcacher.stores.envelope import Sealing
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.stores.redis import RedisStore
+from ghostcacher.stores.sealed import SealedDirectory, SealedStore
 from ghostcacher.testing.codec import CodecContract, group, inputs
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.policy import PolicyContract
@@ -48,6 +50,24 @@ class TestDirectoryStore(StoreContract):
     @pytest.fixture
     def store(self, tmp_path):
         return DirectoryStore(tmp_path / "blocks")
+
+
+class TestSealedStore(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return SealedStore(MemoryStore(), [Sealing.of(b"k" * 32)])
+
+
+class TestSealedStoreWithTwoKeys(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return SealedStore(MemoryStore(), [Sealing.of(b"k" * 32), Sealing.of(b"o" * 32)])
+
+
+class TestSealedDirectory(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return SealedDirectory(DirectoryStore(tmp_path / "blocks"), [Sealing.of(b"k" * 32)])
 
 
 class TestFilesystemStoreOnFiles(StoreContract):
