@@ -23,18 +23,18 @@ Admission = Literal["always", "second-sight"]
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """What `ghostcacher.open_store` was asked for, in bytes, paths and seconds."""
+    """What `ghostcacher.open_store` was asked for, in bytes, paths and seconds. Its repr shows no secret."""
 
     directory: Path
     device_bytes: int | None = None
     memory_bytes: int | None = None
     disk_bytes: int | None = None
-    remote: str | None = None
+    remote: str | None = field(default=None, repr=False)
     memory_codec: str = "raw"
     disk_codec: str = "raw"
     remote_codec: str = "raw"
     block_tokens: int = DEFAULT_BLOCK_TOKENS
-    salt: str | None = None
+    salt: str | None = field(default=None, repr=False)
     strict: bool = False
     role: Role = "writer"
     admit: Admission = "always"

@@ -79,17 +79,20 @@ def summaries(store: Directory) -> list[NamespaceSummary]:
             continue
         entries = list(store.list_keys(f"{namespace}/", timeout_seconds=_TIMEOUT_SECONDS))
         if entries:
-            header = next(
-                (h for entry in entries[:4] if isinstance(h := read_header(store, entry.key), BlockHeader)), None
-            )
-            found.append(
-                NamespaceSummary(
-                    namespace, header.model if header else _NOBODY, spoken(header.codec) if header else _NOBODY,
-                    len(entries), sum(entry.size_bytes for entry in entries),
-                    max(entry.modified_seconds for entry in entries),
-                )
-            )  # fmt: skip
+            model, codec = _described(store, entries)
+            size_bytes = sum(entry.size_bytes for entry in entries)
+            used_at_seconds = max(entry.modified_seconds for entry in entries)
+            found.append(NamespaceSummary(namespace, model, codec, len(entries), size_bytes, used_at_seconds))
     return sorted(found, key=lambda summary: -summary.size_bytes)
+
+
+def _described(store: Directory, entries: Sequence[StoredEntry]) -> tuple[str, str]:
+    """Model and codec of the first of four entries whose header can be read."""
+    read = [read_header(store, entry.key) for entry in entries[:4]]
+    if header := next((each for each in read if isinstance(each, BlockHeader)), None):
+        return header.model, spoken(header.codec)
+    is_sealed = any(isinstance(each, BlockError) and each.reason == SEALED for each in read)
+    return (f"({SEALED})", _NOBODY) if is_sealed else (_NOBODY, _NOBODY)
 
 
 def unsound(store: Directory, entries: Sequence[StoredEntry], progress: Progress) -> Iterator[Unsound]:

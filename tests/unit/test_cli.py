@@ -70,7 +70,7 @@ def test_verify_finds_and_deletes_what_is_unsound(directory):
     assert found["checked"] == 9
     assert sorted(each["reason"] for each in found["unsound"]) == ["corrupt", "header", "key_echo"]
     assert "3 unsound, deleted" in run("verify", "-d", directory, "--delete", code=1).stdout
-    assert run_json("verify", "-d", directory) == {"checked": 6, "unsound": [], "deleted": 0}
+    assert run_json("verify", "-d", directory) == {"checked": 6, "sealed": 0, "unsound": [], "deleted": 0}
 
 
 def test_prune_by_age(directory):
@@ -127,3 +127,39 @@ def test_wrong_usage_is_exit_code_2_and_one_sentence(directory, args, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(files(directory)) == 9
+
+
+def test_a_sealed_store_is_looked_after_with_its_key(tmp_path):
+    root, key = tmp_path / "blocks", tmp_path / "key"
+    assert str(key) in run("new-key", key).stdout
+    with ghostcacher.open_store(root, memory=None, block_tokens=16, key=key) as store:
+        for block in blocks_of(chain_of(40)):
+            store.offer(block, model="tiny")
+    given = ("-d", root, "--key-file", key)
+    (found,) = run_json("ls", *given)["namespaces"]
+    assert (found["model"], found["blocks"]) == ("tiny", 3)
+    (hidden,) = run_json("ls", "-d", root)["namespaces"]
+    assert (hidden["model"], hidden["blocks"]) == ("(sealed)", 3)
+    assert hidden["namespace"] != found["namespace"]
+    assert run_json("verify", *given) == {"checked": 3, "sealed": 0, "unsound": [], "deleted": 0}
+    assert run_json("verify", "-d", root) == {"checked": 0, "sealed": 3, "unsound": [], "deleted": 0}
+    label, body = files(root)[:2]
+    for path, at in ((label, 70), (body, -1)):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+    checked = run_json("verify", *given, "--delete", code=1)
+    assert [bad["reason"] for bad in checked["unsound"]] == ["auth", "auth"]
+    assert len(files(root)) == 1
+    assert run_json("rm", found["namespace"][:10], *given)["blocks"] == 1
+    assert files(root) == []
+
+
+def test_a_sealed_store_is_pruned_without_its_key(tmp_path):
+    root = tmp_path / "blocks"
+    with ghostcacher.open_store(root, memory=None, block_tokens=16, key=b"k" * 32) as store:
+        for block in blocks_of(chain_of(40)):
+            store.offer(block, model="tiny")
+    os.utime(files(root)[0], (time.time() - 900_000,) * 2)
+    assert run_json("prune", "-d", root, "--older-than", "7d")["blocks"] == 1
+    assert len(files(root)) == 2
