@@ -17,6 +17,7 @@ from torch import nn
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
 from ghostcacher.adapters.probe import QuietCache
+from ghostcacher.adapters.ranks import Votes
 from ghostcacher.doors import Door, OwnDoor
 from ghostcacher.path import Path, settle
 
@@ -65,8 +66,10 @@ class ModelHooks:
         own: OwnDoor | None = call.cache if _is_own(call) else None
         if own is not None:
             own.in_forward += 1
-        path = Path(self.adapter, module, door, own, call)
-        columns = path.walk(session)
+        # Steps of one token are the same on every rank; for a prompt the ranks must agree what is not computed.
+        votes = Votes(self.adapter.ranks) if self.adapter.ranks and call.width > 1 else None
+        path = Path(self.adapter, module, door, own, call, votes)
+        columns = path.walk(session) if votes is None else path.walk_together(session, votes)
         return ((), path.call.without_first(columns)) if columns else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -15,6 +15,7 @@ from ghostcacher.adapters.calls import Call, continues, goes_on, has_plain_posit
 from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.media import media_of
 from ghostcacher.adapters.positions import last_positions
+from ghostcacher.adapters.ranks import Votes
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
 from ghostcacher.doors import Door, OwnDoor
@@ -28,12 +29,16 @@ from ghostcacher.session import Expected, Session
 class Path:
     """One call on its way: `walk` answers how many of its columns the cache now holds already."""
 
-    def __init__(self, adapter: ModelAdapter, module: Any, door: Door, own: OwnDoor | None, call: Call) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, module: Any, door: Door, own: OwnDoor | None, call: Call,
+        votes: Votes | None = None,
+    ) -> None:  # fmt: skip
         self.adapter = adapter
         self.module = module
         self.door = door
         self.own = own
         self.call = call
+        self.votes = votes
         self.started = time.perf_counter()
         self.shared_columns: int | None = None
 
@@ -58,6 +63,29 @@ class Path:
         if reason is not None or session is None:
             return self._run_cold(session, reason or "cache in use elsewhere", past)
         return self._begin(session, past)
+
+    def walk_together(self, session: Session | None, votes: Votes) -> int:
+        """`walk`, with every rank of a tensor-parallel model: all leave out the same columns, or all none.
+
+        Whatever happens on one rank, it casts its votes: the others wait for them.
+        """
+        past = session.past if session is not None else _past(self.call.cache)
+        columns = 0
+        try:
+            columns = self.walk(session)
+        finally:
+            is_same = votes.close(columns)
+        if is_same:
+            return columns
+        found = self.door.session_of(self.call.cache, None)
+        if found is not None and columns:
+            is_continued = columns + past == found.past
+            found.state.cut_to(past if is_continued else 0, held=found.past)
+            report = CacheReport(
+                _tokens(self.call), 0, "", self._seconds(), 0, "bypass: ranks disagree", self.call.rows
+            )
+            self._publish(found, report, replaces=found.report)
+        return 0
 
     def _goes_on(self, past: int) -> bool:
         """Whether this call is the next step of what the cache holds, rather than a new prompt.
@@ -149,7 +177,8 @@ class Path:
         """Cut what the cache holds back to what ``rows`` begin with; how many columns are left."""
         if past and session.rows is not None and session.is_current() and session.state.is_at(session.columns):
             session.capture(is_last=True)
-        have = self._floor(min(session.shared_columns(rows), past, self._limit(0)))
+        shared = 0 if self.votes else session.shared_columns(rows)  # other ranks may hold less of it
+        have = self._floor(min(shared, past, self._limit(0)))
         return session.state.cut_to(have, held=past)
 
     def _continue(self, session: Session | None, past: int) -> int:
@@ -255,7 +284,7 @@ class Path:
         limit = self._limit(base)
         served = fill(
             session.store, shape, session.state, rows, have=have, limit=limit, width=width, floor=self._floor,
-            prefill=self.adapter.prefill,
+            prefill=self.adapter.prefill, agree=self.votes.least if self.votes else None,
         )  # fmt: skip
         if base == 0 and self.adapter.goes_one_at_a_time and not pays(served.columns, width):
             session.state.empty()

@@ -17,6 +17,7 @@ from ghostcacher.keys import BlockKey
 from ghostcacher.tiers.stack import Fetched, TierStack
 
 Floor = Callable[[int], int]
+Agree = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class _Plan:
 
 def fill(
     store: TierStack, shape: Shape, state: CacheState, rows: Sequence[Row], *, have: int, limit: int, width: int,
-    floor: Floor, prefill: Line,
+    floor: Floor, prefill: Line, agree: Agree | None = None,
 ) -> Served:  # fmt: skip
     """Make the cache hold the longest known front of ``rows``, at least ``have`` columns and at most ``limit``.
 
@@ -65,11 +66,14 @@ def fill(
     one. The layers change in one step per attempt, once everything of it is verified; after an exception the caller
     cuts them back. ``width`` is how many columns will be needed, ``floor`` the last column at or before another at
     which the rows may be cut. ``prefill`` is what computing takes, by tokens of all rows: what takes longer to load is
-    not loaded, and no tier is waited for longer than that.
+    not loaded, and no tier is waited for longer than that. ``agree`` is asked twice in one attempt, for columns beyond
+    ``have``: before fetching and before committing; the least of what all ranks say is what every one does.
     """
     gate = _Gate(store, shape, prefill, width, len(rows))
     began = time.perf_counter()
-    served = _attempt(state, rows, have=have, limit=limit, floor=floor, gate=gate)
+    served = _attempt(state, rows, have=have, limit=limit, floor=floor, gate=gate, agree=agree)
+    if agree is not None:
+        return served
     is_patient = time.perf_counter() - began < (gate.patience_seconds(have) or math.inf) / 2
     if served.columns < served.promised and is_patient:
         # A block went away between match and fetch: replaced by a longer one, perhaps. Once more, from there.
@@ -81,7 +85,10 @@ def fill(
     return served
 
 
-def _attempt(state: CacheState, rows: Sequence[Row], *, have: int, limit: int, floor: Floor, gate: _Gate) -> Served:
+def _attempt(
+    state: CacheState, rows: Sequence[Row], *, have: int, limit: int, floor: Floor, gate: _Gate,
+    agree: Agree | None = None,
+) -> Served:  # fmt: skip
     store, shape, patience = gate.store, gate.shape, gate.patience_seconds(have)
     plans = _agreed(gate, rows, limit, floor, patience) if state.has_states else _plans(gate, rows, patience)
     target = floor(min([limit, *(plan.reach(plan.candidates) for plan in plans)]))
@@ -89,6 +96,8 @@ def _attempt(state: CacheState, rows: Sequence[Row], *, have: int, limit: int, f
     if target > have:
         worth = gate.worth_columns(plans, have, target, is_whole=state.has_states)
         target = target if worth >= target else floor(worth)
+    if agree is not None:
+        target = have + agree(max(0, target - have))
     if target <= have:
         return Served(have, have, is_declined=known > have)
     landing = Landing(state, shape, len(rows), have, gate.width)
@@ -99,6 +108,8 @@ def _attempt(state: CacheState, rows: Sequence[Row], *, have: int, limit: int, f
         wanted.update({c.key.digest: c.key for c in missing})
     fetched = store.fetch(list(wanted.values()), shape.layout, landing.place, timeout_seconds=patience)
     reached = floor(min(target, *(_reached(plan, fetched, have, target) for plan in plans)))
+    if agree is not None:
+        reached = have + agree(max(0, reached - have))
     if reached <= have or (state.has_states and reached < target):
         return Served(have, target)
     for number, row in enumerate(rows):

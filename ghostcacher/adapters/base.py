@@ -20,6 +20,7 @@ from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.identity import TRANSFORMERS_VERSION, identity_fields, text_config
 from ghostcacher.adapters.kinds import kind_of
 from ghostcacher.adapters.probe import Shape, shape_of
+from ghostcacher.adapters.ranks import Ranks
 from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
 from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.adapters.static import static_state
@@ -62,8 +63,11 @@ class ModelAdapter:
         self.model_type: str = text_config(module).model_type
         self.reader = CallReader(module)
         self.refusal: str | None = why_refused(module.config)
-        if (getattr(module, "tp_size", None) or 1) > 1:
-            self.refusal = "tensor parallel: each rank holds other heads"
+        self.ranks: Ranks | None = None
+        try:
+            self.ranks = Ranks.of(module)
+        except UnsupportedModelError as error:
+            self.refusal = str(error)
         self.shape: Shape | None = None
         self.rope: RopeRule | None = rope_rule(text_config(module))
         self.goes_one_at_a_time = self.model_type in table.ONE_AT_A_TIME
@@ -94,6 +98,8 @@ class ModelAdapter:
             if self.model_type not in table.PROVEN:
                 self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
                 self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
+            if self.ranks is not None and self.has_states:
+                self.refusal = "tensor parallel, and state that is valid at one length only"
             self.weigh(module)
         except UnsupportedModelError as error:
             self.refusal = str(error)
@@ -122,6 +128,8 @@ class ModelAdapter:
         if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
             self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
             self._known_fields = identity_fields(module, weights.base, self.shape.layout.digest)
+            if self.ranks is not None:
+                self._known_fields["tensor_parallel"] = self.ranks.identity
             if found.adapters:
                 self._known_fields["adapters"] = [weights.adapters, *found.adapters]
             self._known_namespaces = {}
@@ -148,9 +156,12 @@ class ModelAdapter:
     def guard(self, module: Any) -> Guard | None:
         """What runs ``module`` again beside others who use it; None if its forward changes anything but the cache.
 
-        Dynamic rope writes its frequencies, models with images their offsets, accelerate moves offloaded weights.
+        Dynamic rope writes its frequencies, models with images their offsets, accelerate moves offloaded weights. The
+        ranks of a tensor-parallel model would have to run it at the same time.
         """
-        is_plain = not (self.has_states or self.rope or self.takes_images or self.goes_one_at_a_time)
+        is_plain = self.ranks is None and not (
+            self.has_states or self.rope or self.takes_images or self.goes_one_at_a_time
+        )
         if self.shape is None or not is_plain or self.tokens_left > 1 or offload.is_offloaded(module):
             return None
         return Guard(module, self.shape)

@@ -162,7 +162,8 @@ def _identity(tensor: torch.Tensor) -> tuple[int, int, int]:
 @torch.no_grad()
 def _sample(tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
     by_kind: defaultdict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
+    for held in tensors:
+        tensor = held.to_local() if hasattr(held, "to_local") else held
         count = tensor.numel()
         if count and not tensor.is_meta and type(tensor) in _PLAIN_TYPES and tensor.is_contiguous():
             step = max(1, count // SAMPLED_VALUES)

@@ -192,7 +192,9 @@ def test_f08_a_lying_head_costs_little(head_bytes):
     inner.put_many({SEALING.name(key(1)): [made]}, timeout_seconds=SECONDS)
     tracemalloc.start()
     for limit_bytes in (100, 2**17):
-        assert isinstance(read(SealedStore(inner, [SEALING]), key(1), limit_bytes=limit_bytes)[key(1)], StoreForgedError)
+        assert isinstance(
+            read(SealedStore(inner, [SEALING]), key(1), limit_bytes=limit_bytes)[key(1)], StoreForgedError
+        )
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
 

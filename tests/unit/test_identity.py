@@ -125,7 +125,7 @@ def test_config_changed_between_two_prompts_is_noticed(tmp_path, generate):
         assert torch.equal(answer, generate(model, PROMPT))
 
 
-def test_tensor_parallel_models_run_cold():
+def test_a_tensor_parallel_model_that_does_not_say_how_runs_cold():
     model = tiny_model("llama")
     model._tp_size = 2
     assert "tensor parallel" in (adapters.ModelAdapter(model).refusal or "")
