@@ -17,6 +17,7 @@ BLOCK_TOKENS_RANGE = (16, 4096)
 AUTO_MEMORY_SHARE = 0.10
 AUTO_MEMORY_LIMIT_BYTES = 4 * 2**30
 REMOTE_TIMEOUT_SECONDS = 5.0
+LONGEST_WAIT_SECONDS = 600.0
 Role = Literal["writer", "reader"]
 Admission = Literal["always", "second-sight"]
 
@@ -40,6 +41,7 @@ class StoreConfig:
     admit: Admission = "always"
     quota_bytes: int | None = None
     remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
+    single_flight_seconds: float | None = None
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -61,6 +63,7 @@ class StoreConfig:
         admit: str = "always",
         namespace_quota: int | str | None = None,
         key: Secret | Sequence[Secret] | None = None,
+        single_flight: float | None = None,
         environment: Mapping[str, str] = os.environ,
     ) -> Self:
         """Turn the arguments of ``open_store`` and the environment into numbers and paths.
@@ -93,6 +96,7 @@ class StoreConfig:
             admit=_one_of("admit", admit, get_args(Admission)),
             quota_bytes=None if namespace_quota is None else parse_bytes(namespace_quota),
             remote_timeout_seconds=_timeout_seconds(environment),
+            single_flight_seconds=_checked_wait(single_flight),
             secrets=read_keyring(key, environment),
         )
 
@@ -145,6 +149,14 @@ def _checked_block_tokens(block_tokens: int) -> int:
             f"block_tokens={block_tokens!r}: a whole number from {least} to {most}; 128 is the default"
         )
     return block_tokens
+
+
+def _checked_wait(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds <= LONGEST_WAIT_SECONDS:
+        raise ConfigurationError(
+            f"single_flight={seconds!r}: seconds from 0 to {LONGEST_WAIT_SECONDS:g}, such as what a prompt takes to compute"
+        )
+    return seconds
 
 
 def _timeout_seconds(environment: Mapping[str, str]) -> float:

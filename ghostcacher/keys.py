@@ -31,6 +31,7 @@ NAMESPACE_DOMAIN = b"ghostcacher/namespace/1\0"
 TABLES_DOMAIN = b"ghostcacher/tables/1\0"
 SEAL_MAGIC = b"GHOSTKV\x01"
 """How values begin that are sealed with a key, whoever's."""
+FLIGHTS_DOMAIN = b"ghostcacher/flights/1\0"
 TOKEN_BYTES = 4
 _TOKEN_ID_LIMIT = 2**31
 
@@ -62,6 +63,15 @@ class Namespace:
 
 TABLES = Namespace(hashlib.sha256(TABLES_DOMAIN).digest())
 """Where a store keeps what codecs have learned of models. It holds no blocks."""
+
+
+FLIGHTS = Namespace(hashlib.sha256(FLIGHTS_DOMAIN).digest())
+"""Where a store keeps who is computing what. It holds no blocks."""
+
+
+def holds_no_block(store_key: str) -> bool:
+    """Whether a store key is in a namespace of the library's own."""
+    return store_key.startswith((TABLES.hex, FLIGHTS.hex))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest, spoken
 from ghostcacher.errors import BlockError, StoreError, StoreForgedError
-from ghostcacher.keys import TABLES
+from ghostcacher.keys import FLIGHTS, TABLES, holds_no_block
 from ghostcacher.stores.base import Buffer, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.sealed import SealedDirectory
@@ -75,7 +75,7 @@ def summaries(store: Directory) -> list[NamespaceSummary]:
     """Every namespace, the largest first. Reads one header per namespace."""
     found = []
     for namespace in store.namespaces():
-        if namespace == TABLES.hex:
+        if holds_no_block(namespace):
             continue
         entries = list(store.list_keys(f"{namespace}/", timeout_seconds=_TIMEOUT_SECONDS))
         if entries:
@@ -162,7 +162,7 @@ def read_header(store: Directory, key: str) -> BlockHeader | BlockError | StoreE
 def _children_first(store: Directory, progress: Progress) -> list[StoredEntry]:
     """All entries by last use, a parent never before its children: it counts as used when its children were."""
     listed = store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)
-    entries = {entry.key: entry for entry in listed if not entry.key.startswith(TABLES.hex)}
+    entries = {entry.key: entry for entry in listed if not holds_no_block(entry.key)}
     parents, depths = {}, {}
     for key in entries:
         header = read_header(store, key)
@@ -184,6 +184,8 @@ def _why_unsound(store: Directory, entry: StoredEntry) -> str | None:
         return "auth"
     if value is None or isinstance(value, StoreError):
         return "unreadable"
+    if entry.key.startswith(FLIGHTS.hex):
+        return None
     if entry.key.startswith(TABLES.hex):
         return _why_no_table(entry.key, value)
     try:

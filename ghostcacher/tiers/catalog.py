@@ -11,7 +11,7 @@ from typing import Protocol
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader
 from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.index import PrefixIndex
-from ghostcacher.keys import TABLES, BlockKey, PrefixChain
+from ghostcacher.keys import BlockKey, PrefixChain, holds_no_block
 from ghostcacher.stores.base import Buffer, Store, StoredEntry
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.sealed import SealedDirectory
@@ -86,7 +86,7 @@ class ListingCatalog:
 
     def _list(self, bucket: str, index: PrefixIndex) -> None:
         entries = self._store.entries_in(bucket)
-        found = {entry.key: entry for entry in entries if not entry.key.startswith(TABLES.hex)}
+        found = {entry.key: entry for entry in entries if not holds_no_block(entry.key)}
         known = self._known.get(bucket, set())
         self._drop(known - found.keys(), index)
         for key, entry in found.items():

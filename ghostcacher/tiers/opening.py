@@ -27,6 +27,7 @@ from ghostcacher.tiers.catalog import ListingCatalog, ProbingCatalog
 from ghostcacher.tiers.deadline import DeadlineStore
 from ghostcacher.tiers.decoded import DecodedTier
 from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.flights import Flights
 from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.shelf import Shelf
 from ghostcacher.tiers.stack import TierStack
@@ -54,6 +55,7 @@ def open_store(
     admit: Admission = "always",
     namespace_quota: int | str | None = None,
     key: Secret | Sequence[Secret] | None = None,
+    single_flight: float | None = None,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
 ) -> TierStack:
     """Open a store; close it with ``close()`` or as a context manager.
@@ -86,6 +88,8 @@ def open_store(
         key: seals disk and remote: names are HMACs, contents AES-256-GCM; what was not sealed with it is a miss. Bytes
             (32 or more), or the path of a file (``ghostcacher new-key``); of several the first seals, all open. None:
             what ``$GHOSTCACHER_KEY_FILE`` or ``$GHOSTCACHER_KEY`` say, or no sealing. Needs ``ghostcacher[seal]``.
+        single_flight: seconds to wait at most for another process that is computing the same unseen prefix, instead of
+            computing it here too; None: not at all. About what the prefix takes to compute is right.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
@@ -97,6 +101,7 @@ def open_store(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
         role=role, admit=admit, namespace_quota=namespace_quota, key=key,
+        single_flight=single_flight,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 
@@ -118,7 +123,7 @@ def open_store(
     if remote_store is not None:
         tiers.append(_remote_tier(config, remote_store, chains[config.remote_codec], observe, readers))
     writer = Writer(int(physical_memory_bytes() * QUEUE_SHARE_OF_MEMORY), observe)
-    return TierStack(config, tiers, writer, readers, observers, shelf)
+    return TierStack(config, tiers, writer, readers, observers, shelf, _flights(config, stores))
 
 
 def default_store() -> TierStack:
@@ -148,6 +153,13 @@ def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, reade
 def _directory_store(config: StoreConfig, ring: Sequence[Sealing]) -> DirectoryStore | SealedDirectory:
     store = DirectoryStore(config.directory, is_sealed=bool(ring))
     return SealedDirectory(store, ring) if ring else store
+
+
+def _flights(config: StoreConfig, stores: Sequence[Store]) -> Flights | None:
+    """Claims lie in the store that reaches furthest."""
+    if config.single_flight_seconds is None or not stores or config.role == "reader":
+        return None
+    return Flights(stores[-1], config.single_flight_seconds, config.remote_timeout_seconds)
 
 
 def _disk_tier(

@@ -20,6 +20,7 @@ from ghostcacher.tiers.base import Place, Tier
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
 from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.flights import Flights
 from ghostcacher.tiers.forgetting import forget, purge
 from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.shelf import Shelf
@@ -50,7 +51,7 @@ class TierStack:
 
     def __init__(
         self, config: StoreConfig, tiers: Sequence[Tier], writer: Writer, readers: Readers, observers: list[Observer],
-        shelf: Shelf,
+        shelf: Shelf, flights: Flights | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.tiers = tuple(tiers)
@@ -62,6 +63,7 @@ class TierStack:
         self._storing = Storing(tiers, shelf, self.observe, second_sight)
         self._has_near = any(isinstance(tier, DecodedTier) for tier in tiers)
         self._exact_only = not any(tier.is_lossy for tier in tiers)
+        self._flights = flights
         self._counts = Counts()
         self._pending: list[Capture] = []
         self._pending_changed = threading.Condition()
@@ -101,6 +103,14 @@ class TierStack:
         if _covered(found) < limit and self._ask_remotes(chain, timeout_seconds, snapshots=snapshots):
             found = self._longest(chain, limit, snapshots=snapshots)
         return tuple(found)
+
+    def wait_for_flight(self, chain: PrefixChain) -> None:
+        """In a store that flies singly: wait, within its bound, for who computes what comes after the known prefix.
+
+        If nobody does, say that it is computed here; what is stored of ``chain`` takes that back.
+        """
+        if self._flights is not None:
+            self._flights.wait(chain, _covered(self.match(chain)))
 
     def known_tokens(self, chain: PrefixChain) -> int:
         """Leading tokens of ``chain`` that the indexes of the tiers know, whatever can be made of them."""
@@ -160,6 +170,7 @@ class TierStack:
         if self._writer.submit(job):
             return True
         self._settle(capture)
+        self._land(capture)
         return False
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -200,6 +211,8 @@ class TierStack:
         """Store what is queued and stop the threads. The store can still be read; nothing more is stored."""
         self._writer.close()
         self._readers.close()
+        if self._flights is not None:
+            self._flights.close()
         for tier in self.tiers:
             if isinstance(tier, EncodedTier):
                 tier.close()
@@ -240,6 +253,13 @@ class TierStack:
 
     def _store(self, capture: Capture, model: str) -> None:
         try:
+            self._store_settling(capture, model)
+        finally:
+            self._land(capture)
+
+    def _store_settling(self, capture: Capture, model: str) -> None:
+        """Prompts of the same beginning wait until the first tier that gives it back to this process has it."""
+        try:
             keys = self._storing.store_near(capture, model)
             if not self._has_near:
                 self._storing.store_far(capture, keys, model)
@@ -247,6 +267,10 @@ class TierStack:
             self._settle(capture)
         if self._has_near:
             self._storing.store_far(capture, keys, model)
+
+    def _land(self, capture: Capture) -> None:
+        if self._flights is not None:
+            self._flights.land(capture.begun)
 
     def _settle(self, capture: Capture) -> None:
         with self._pending_changed:

@@ -72,14 +72,14 @@ def test_f79_another_key_opens_nothing():
             what(key(1), sealed())
 
 
-@pytest.mark.parametrize("at", range(0, len(HEAD + BODY) + OVERHEAD_BYTES))
+@pytest.mark.parametrize("at", range(len(HEAD + BODY) + OVERHEAD_BYTES))
 def test_f71_any_flipped_bit_is_refused(at):
     made = bytearray(sealed())
     made[at] ^= 1 << random.Random(at).randrange(8)
+    # A read by key does not need the label; a listing does.
+    read_by = SEALING.label if PREFIX_BYTES <= at < HEAD_AT else lambda given: SEALING.value(key(1), given)
     with pytest.raises(StoreForgedError):
-        SEALING.value(key(1), made)
-        # The label is not part of what a read by key needs; a listing does.
-        SEALING.label(made)
+        read_by(made)
 
 
 def test_f71_every_truncation_and_anything_appended_is_refused():
