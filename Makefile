@@ -33,7 +33,7 @@ slow: $(VENV)/.dev
 test-oldest: pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/pip install --quiet torch==$(TORCH)
-	$(OLDEST)/bin/pip install --quiet "transformers==5.17.0" -e ".[redis,zstd]" pytest pytest-timeout
+	$(OLDEST)/bin/pip install --quiet "transformers==5.17.0" -e ".[redis,seal,zstd]" pytest pytest-timeout
 	$(OLDEST)/bin/python -m pytest tests/parity
 
 check: $(VENV)/.dev

@@ -154,7 +154,7 @@ def _checked_block_tokens(block_tokens: int) -> int:
 def _checked_wait(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds <= LONGEST_WAIT_SECONDS:
         raise ConfigurationError(
-            f"single_flight={seconds!r}: seconds from 0 to {LONGEST_WAIT_SECONDS:g}, such as what a prompt takes to compute"
+            f"single_flight={seconds!r}: from 0 to {LONGEST_WAIT_SECONDS:g} s, about what a prompt takes to compute"
         )
     return seconds
 

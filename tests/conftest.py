@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import socket
@@ -140,6 +141,18 @@ def redis_url(redis_server):
     redis = pytest.importorskip("redis")
     redis.Redis(port=redis_server.port).flushall()
     return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def mooncake_pool(tmp_path_factory):
+    """A real master and a process that holds the pool, or no test of Mooncake: aloud."""
+    pytest.importorskip("mooncake", reason="Mooncake: pip install mooncake-transfer-engine-non-cuda")
+    try:
+        importlib.import_module("mooncake.store")
+    except ImportError as error:
+        pytest.skip(f"Mooncake's client does not load: {error}; apt-get install libibverbs1 librdmacm1 libnuma1")
+    with servers.mooncake_pool(tmp_path_factory.mktemp("mooncake")) as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

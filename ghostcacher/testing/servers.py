@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,12 +38,7 @@ class RedisServer:
             TimeoutError: it does not within 20 s.
         """
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.05)
-        raise TimeoutError(f"{self.command[0]} does not listen on port {self.port}")
+        _await_port(self.port, self.command[0])
 
     def stop(self) -> None:
         """Kill it."""
@@ -98,6 +95,94 @@ def redis_cluster(folder: Path, masters: int = 3) -> Iterator[list[RedisServer]]
     finally:
         for server in servers:
             server.stop()
+
+
+@contextlib.contextmanager
+def mooncake_pool(folder: Path, segment_bytes: int = 64 * 2**20) -> Iterator[MooncakePool]:
+    """A master and a process that gives ``segment_bytes`` of memory to its pool.
+
+    Raises:
+        FileNotFoundError: Mooncake is not installed.
+        TimeoutError: it does not come up within 20 s.
+    """
+    pool = MooncakePool(folder, segment_bytes)
+    try:
+        pool.start_master()
+        pool.start_holder()
+        yield pool
+    finally:
+        pool.stop()
+
+
+class MooncakePool:
+    """See `mooncake_pool`; the master may be stopped and started again."""
+
+    def __init__(self, folder: Path, segment_bytes: int) -> None:
+        binary = shutil.which("mooncake_master", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+        if binary is None:
+            raise FileNotFoundError("no mooncake_master: pip install mooncake-transfer-engine-non-cuda")
+        self._log = folder / "mooncake.log"
+        self._binary = binary
+        self._segment_bytes = segment_bytes
+        self.port, self.metrics_port = free_port(), free_port()
+        self.master: subprocess.Popen[bytes] | None = None
+        self.holder: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """For ``open_store(remote=…)``."""
+        return f"mooncake://127.0.0.1:{self.port}?metrics={self.metrics_port}&buffer=64MiB"
+
+    def start_master(self) -> None:
+        """Start the master and wait until it listens."""
+        options = (f"-rpc_port={self.port}", "-rpc_address=127.0.0.1", f"-metrics_port={self.metrics_port}")
+        self.master = self._start(self._binary, *options)
+        _await_port(self.port, "mooncake_master")
+        _await_port(self.metrics_port, "mooncake_master")
+
+    def start_holder(self) -> None:
+        """Start the process whose memory is the pool, and wait until it has joined."""
+        ready = self._log.with_name("holder.ready")
+        ready.unlink(missing_ok=True)
+        self.holder = self._start(
+            sys.executable, "-c", _HOLDER, str(free_port()), str(self._segment_bytes), str(self.port), str(ready)
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not ready.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the holder of Mooncake's pool does not join it")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kill both."""
+        for process in (self.holder, self.master):
+            if process is not None:
+                process.kill()
+                process.wait()
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+_HOLDER = """
+import pathlib, sys, time
+from mooncake.store import MooncakeDistributedStore
+port, size, master, ready = sys.argv[1:]
+store = MooncakeDistributedStore()
+assert store.setup(f"127.0.0.1:{port}", "P2PHANDSHAKE", int(size), 2**24, "tcp", "", f"127.0.0.1:{master}") == 0
+pathlib.Path(ready).touch()
+time.sleep(86400)
+"""
+
+
+def _await_port(port: int, name: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{name} does not listen on port {port}")
 
 
 def _server(folder: Path, options: Sequence[str]) -> RedisServer:

@@ -19,6 +19,8 @@ from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.envelope import Sealing
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.stores.mooncake import SCHEME as MOONCAKE
+from ghostcacher.stores.mooncake import MooncakeStore
 from ghostcacher.stores.redis import SCHEMES, RedisStore
 from ghostcacher.stores.sealed import SealedDirectory, SealedStore
 from ghostcacher.tiers.base import Tier
@@ -67,7 +69,7 @@ def open_store(
             ``"8GiB:int8"`` keeps them coded instead: more of them, and each is decoded when it is used.
         disk: budget of the directory, shared by all processes that use it; None means no disk tier. ``"100GiB:int8"``
             codes blocks there otherwise than ``codec`` says.
-        remote: ``"redis://host:6379/0"``, ``"redis+cluster://…"``, or any fsspec URL, such as ``"s3://bucket/prefix"``;
+        remote: ``"redis://host:6379/0"``, ``"redis+cluster://…"``, ``"mooncake://master:50051"``, or any fsspec URL, such as ``"s3://bucket/prefix"``;
             None means no remote tier. A call to it never takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``
             (5 s); after three failures in a row it is left alone for 5 s and longer.
         codec: of disk and remote: ``"raw"`` and ``"raw.z"`` are exact, ``"int8"``, ``"int4"``, ``"ec(0.25)"`` and
@@ -177,14 +179,19 @@ def _disk_tier(
 
 def _remote_store(url: str, config: StoreConfig, ring: Sequence[Sealing]) -> Store:
     scheme, timeout_seconds = url.partition("://")[0], config.remote_timeout_seconds
-    client: Store = RedisStore(url, timeout_seconds=timeout_seconds) if scheme in SCHEMES else FilesystemStore(url)
-    store = BreakerStore(DeadlineStore(client))
+    store = BreakerStore(DeadlineStore(_client(url, scheme, timeout_seconds)))
     if not ring and scheme != "memory":
         logger.warning(
             "the remote tier is not sealed: who can write to it can forge blocks, who can read it sees what prompts "
             "hold; seal it with open_store(key=…)"
         )
     return SealedStore(store, ring) if ring else store
+
+
+def _client(url: str, scheme: str, timeout_seconds: float) -> Store:
+    if scheme in SCHEMES:
+        return RedisStore(url, timeout_seconds=timeout_seconds)
+    return MooncakeStore(url) if scheme == MOONCAKE else FilesystemStore(url)
 
 
 def _remote_tier(

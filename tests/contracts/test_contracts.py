@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 
 import pytest
@@ -25,6 +26,7 @@ from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.envelope import Sealing
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.stores.mooncake import MooncakeStore
 from ghostcacher.stores.redis import RedisStore
 from ghostcacher.stores.sealed import SealedDirectory, SealedStore
 from ghostcacher.testing.codec import CodecContract, group, inputs
@@ -113,6 +115,37 @@ class TestRedisStoreOnACluster(StoreContract):
         store.delete_many([entry.key for entry in store.list_keys(timeout_seconds=SECONDS)], timeout_seconds=SECONDS)
         yield store
         store.close()
+
+
+class TestMooncakeStore(StoreContract):
+    @pytest.fixture(scope="class")
+    def client(self, mooncake_pool):
+        store = MooncakeStore(mooncake_pool.url)
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def store(self, client):
+        held = [entry.key for entry in client.list_keys(timeout_seconds=SECONDS)]
+        client.delete_many(held, timeout_seconds=SECONDS)
+        return client
+
+    def test_a_reader_never_sees_half_a_value(self, store):
+        """But nothing, for a moment: there a value that is replaced is removed first."""
+        values, seen = [letter * 50_000 for letter in (b"a", b"b")], set()
+        store.put_many({key(1): [values[0]]}, timeout_seconds=SECONDS)
+
+        def write():
+            for turn in range(50):
+                store.put_many({key(1): [values[turn % 2]]}, timeout_seconds=SECONDS)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while writer.is_alive():
+            found = store.get_many([key(1)], limit_bytes=2**20, timeout_seconds=SECONDS).get(key(1))
+            seen.add(found if found is None else "error" if isinstance(found, StoreError) else bytes(found))
+        writer.join()
+        assert seen <= {*values, None, "error"}
 
 
 class TestBreakerStore(StoreContract):

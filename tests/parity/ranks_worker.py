@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import sys
 
 import torch
@@ -117,6 +118,5 @@ if len(sys.argv) > 3:
         note("blocks of the whole model", store, model, PROMPT)
 
 dist.barrier()
-with open(f"{FOLDER}/rank{rank}.json", "w") as file:
-    json.dump(results, file)
+pathlib.Path(f"{FOLDER}/rank{rank}.json").write_text(json.dumps(results))
 dist.destroy_process_group()
