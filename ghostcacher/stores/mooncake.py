@@ -5,11 +5,14 @@ The master knows which machine holds what; values travel straight between machin
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import socket
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -23,6 +26,9 @@ SCHEME = "mooncake"
 BUFFER_BYTES = 256 * 2**20
 SEEN_BYTES = 4096
 """Values up to this size are read back when they were not to replace: the client does not say who was first."""
+
+EXIT_SECONDS = 10.0
+"""How long the end of the process waits for calls that were given up and have not come back."""
 
 _PREFIX = "ghostcacher/v1/"
 _PORT = 50051
@@ -81,8 +87,12 @@ class MooncakeStore:
         """
         self._address = MooncakeAddress.parse(url)
         self._make = _client_class()
+        self._joining = threading.Lock()
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._opened: Any = None
+        self._calls = 0
+        atexit.register(_await_calls, weakref.ref(self))
 
     def __repr__(self) -> str:
         return f"MooncakeStore({self._address.master})"
@@ -94,40 +104,42 @@ class MooncakeStore:
         if not keys:
             return {}
         names = _names(keys)
-        found = dict(zip(keys, self._client().get_batch(names), strict=True))
+        with self._client() as client:
+            found = dict(zip(keys, client.get_batch(names), strict=True))
         empty = [key for key, value in found.items() if not value]
         standing = self.contains_many(empty, timeout_seconds=timeout_seconds)  # raises if nobody answers
         values: dict[str, Buffer | StoreError] = {key: bytes(found[key])[:limit_bytes] for key in keys if found[key]}
         return values | {key: StoreError("cannot read from Mooncake: it gives nothing") for key in standing}
 
     def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
-        """See `Store.put_many`. Two at once who do not replace are told apart up to 4 KiB; above, by looking before.
-        A value that is replaced is absent for a moment.
+        """See `Store.put_many`. A value that is replaced is absent for a moment.
+
+        Two at once who do not replace are told apart up to 4 KiB; above, by looking before.
 
         Raises:
             StoreRefusedError: the pool is full, or the value is larger than this client's buffer.
             StoreError: the master is not there.
         """
         values = {key: b"".join(blob) for key, blob in items.items()}
-        names, stood = dict(zip(items, _names(list(items)), strict=True)), set()
-        before = frozenset() if replace else self.contains_many(list(items), timeout_seconds=timeout_seconds)
-        client = self._client()
-        for key, value in values.items():
-            if key in before:
-                stood.add(key)
-                continue
-            self._check("write", client.upsert(names[key], value) if replace else client.put(names[key], value))
-            if not replace and len(value) <= SEEN_BYTES and bytes(client.get(names[key])) != value:
-                stood.add(key)
-        return frozenset(stood)
+        keys, stood = list(values), set[str]()
+        names = dict(zip(keys, _names(keys), strict=True))
+        before = frozenset[str]() if replace else self.contains_many(keys, timeout_seconds=timeout_seconds)
+        with self._client() as client:
+            for key in [key for key in values if key not in before]:
+                value = values[key]
+                _check("write", client.upsert(names[key], value) if replace else client.put(names[key], value))
+                if not replace and len(value) <= SEEN_BYTES and bytes(client.get(names[key])) != value:
+                    stood.add(key)
+        return before | stood
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""
         if not keys:
             return frozenset()
-        found = self._client().batch_is_exist(_names(keys))
+        with self._client() as client:
+            found = client.batch_is_exist(_names(keys))
         for code in found:
-            self._check("look up", min(code, 0))
+            _check("look up", min(code, 0))
         return frozenset(key for key, code in zip(keys, found, strict=True) if code)
 
     def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
@@ -135,7 +147,8 @@ class MooncakeStore:
         if not keys:
             return
         names = _names(keys)
-        codes = self._client().batch_remove(names, True)  # noqa: FBT003 (force; the client's signature)
+        with self._client() as client:
+            codes = client.batch_remove(names, True)  # noqa: FBT003 (force; the client's signature)
         failed = [key for key, code in zip(keys, codes, strict=True) if code]
         if self.contains_many(failed, timeout_seconds=timeout_seconds):
             raise StoreError("cannot delete at Mooncake: an object still stands")
@@ -154,21 +167,40 @@ class MooncakeStore:
                 names = answer.read().decode(errors="replace").split()
         except OSError as error:
             raise StoreError(f"cannot list at Mooncake: {type(error).__name__}") from None
-        client, now = self._client(), time.time()
-        for key in (name.removeprefix(_PREFIX) for name in names if name.startswith(f"{_PREFIX}{prefix}")):
-            size_bytes = client.get_size(_PREFIX + key) if is_key(key) else -1
-            if size_bytes > 0:
-                yield StoredEntry(key, size_bytes, now)
+        keys = [name.removeprefix(_PREFIX) for name in names if name.startswith(f"{_PREFIX}{prefix}")]
+        with self._client() as client:
+            sizes = {key: client.get_size(_PREFIX + key) for key in keys if is_key(key)}
+        now = time.time()
+        yield from (StoredEntry(key, size_bytes, now) for key, size_bytes in sizes.items() if size_bytes > 0)
 
     def close(self) -> None:
-        """Leave the pool; a later call joins it again."""
+        """Leave the pool; a later call joins it again. A call that hangs keeps its client: to close it would abort."""
         with self._lock:
             client, self._opened = self._opened, None
-        if client is not None:
+            is_used = self._calls > 0
+        if client is not None and not is_used:
             client.close()
 
-    def _client(self) -> Any:
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        """The client, which finds a master that is back by itself."""
         with self._lock:
+            self._calls += 1
+        try:
+            client = self._joined_once()
+            yield client
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._ended.notify_all()
+
+    def await_calls(self) -> None:
+        """At exit: a thread that comes back from the client to an interpreter that is gone aborts the process."""
+        with self._lock:
+            self._ended.wait_for(lambda: not self._calls, EXIT_SECONDS)
+
+    def _joined_once(self) -> Any:
+        with self._joining:
             if self._opened is None:
                 self._opened = self._joined()
             return self._opened
@@ -184,13 +216,19 @@ class MooncakeStore:
             raise StoreError(f"cannot join the Mooncake pool of {address.master}: code {code}")
         return client
 
-    def _check(self, what: str, code: int) -> None:
-        """Raise for a code that is none of success; after an outage the pool is joined anew."""
-        if code in _NO_ROOM:
-            raise StoreRefusedError(f"cannot {what} at Mooncake: no room (code {code}); see ?segment= and ?buffer=")
-        if code:
-            self.close()
-            raise StoreError(f"cannot {what} at Mooncake: code {code}")
+
+def _check(what: str, code: int) -> None:
+    """Raise for a code that is none of success."""
+    if code in _NO_ROOM:
+        raise StoreRefusedError(f"cannot {what} at Mooncake: no room (code {code}); see ?segment= and ?buffer=")
+    if code:
+        raise StoreError(f"cannot {what} at Mooncake: code {code}")
+
+
+def _await_calls(store: weakref.ref[MooncakeStore]) -> None:
+    found = store()
+    if found is not None:
+        found.await_calls()
 
 
 def _names(keys: Sequence[str]) -> list[str]:

@@ -69,9 +69,10 @@ def open_store(
             ``"8GiB:int8"`` keeps them coded instead: more of them, and each is decoded when it is used.
         disk: budget of the directory, shared by all processes that use it; None means no disk tier. ``"100GiB:int8"``
             codes blocks there otherwise than ``codec`` says.
-        remote: ``"redis://host:6379/0"``, ``"redis+cluster://…"``, ``"mooncake://master:50051"``, or any fsspec URL, such as ``"s3://bucket/prefix"``;
-            None means no remote tier. A call to it never takes longer than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS``
-            (5 s); after three failures in a row it is left alone for 5 s and longer.
+        remote: ``"redis://host:6379/0"``, ``"redis+cluster://…"``, ``"mooncake://master:50051"``, or any
+            fsspec URL, such as ``"s3://bucket/prefix"``; None means no remote tier. A call to it never takes longer
+            than ``$GHOSTCACHER_REMOTE_TIMEOUT_SECONDS`` (5 s); after three failures in a row it is left alone for 5 s
+            and longer.
         codec: of disk and remote: ``"raw"`` and ``"raw.z"`` are exact, ``"int8"``, ``"int4"``, ``"ec(0.25)"`` and
             ``"bf16"`` are not; see docs/quantisation.md. A store is exact if all its tiers are. ``"kvt(0.35)"`` is the
             smallest, and needs ``ghostcacher calibrate`` once for each model.

@@ -117,18 +117,20 @@ class TestRedisStoreOnACluster(StoreContract):
         store.close()
 
 
-class TestMooncakeStore(StoreContract):
-    @pytest.fixture(scope="class")
-    def client(self, mooncake_pool):
-        store = MooncakeStore(mooncake_pool.url)
-        yield store
-        store.close()
+@pytest.fixture(scope="module")
+def mooncake_client(mooncake_pool):
+    """One for all tests: leaving the pool takes a second."""
+    store = MooncakeStore(mooncake_pool.url)
+    yield store
+    store.close()
 
+
+class TestMooncakeStore(StoreContract):
     @pytest.fixture
-    def store(self, client):
-        held = [entry.key for entry in client.list_keys(timeout_seconds=SECONDS)]
-        client.delete_many(held, timeout_seconds=SECONDS)
-        return client
+    def store(self, mooncake_client):
+        held = [entry.key for entry in mooncake_client.list_keys(timeout_seconds=SECONDS)]
+        mooncake_client.delete_many(held, timeout_seconds=SECONDS)
+        return mooncake_client
 
     def test_a_reader_never_sees_half_a_value(self, store):
         """But nothing, for a moment: there a value that is replaced is removed first."""

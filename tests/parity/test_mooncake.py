@@ -58,9 +58,9 @@ def test_a_full_pool_refuses_and_still_gives(tmp_path):
     pytest.importorskip("mooncake.store", exc_type=ImportError)
     with servers.mooncake_pool(tmp_path, segment_bytes=16 * 2**20) as pool:
         store = MooncakeStore(pool.url)
+        values = {key(number): [bytes(4 * 2**20)] for number in range(8)}
         with pytest.raises(StoreRefusedError, match="segment"):
-            for number in range(8):
-                store.put_many({key(number): [bytes(4 * 2**20)]}, timeout_seconds=5.0)
+            store.put_many(values, timeout_seconds=5.0)
         assert len(store.get_many([key(0)], limit_bytes=10, timeout_seconds=5.0)[key(0)]) == 10
         store.close()
 
