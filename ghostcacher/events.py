@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,11 +27,20 @@ class CacheEvent:
 
 
 class Observer(Protocol):
-    """Receives every event, on the thread where it happened. Must be quick and must not raise."""
+    """Receives every event, on the thread where it happened. Must be quick; what it raises is logged."""
 
     def __call__(self, event: CacheEvent, /) -> None:
         """Take one event."""
         ...
+
+
+def tell(observers: Iterable[Observer], event: CacheEvent) -> None:
+    """Hand ``event`` to every observer; one that raises is logged, and has no say in what goes on."""
+    for observer in observers:
+        try:
+            observer(event)
+        except Exception:
+            logger.exception("an observer failed")
 
 
 class LogObserver:

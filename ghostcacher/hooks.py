@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
 from ghostcacher.adapters.probe import QuietCache
 from ghostcacher.adapters.ranks import Votes
 from ghostcacher.doors import Door, OwnDoor
-from ghostcacher.path import Path, settle
+from ghostcacher.events import CacheEvent
+from ghostcacher.path import Path, past_of, settle
+from ghostcacher.session import Session
 
 _installed: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _installing = threading.Lock()
@@ -55,25 +58,53 @@ class ModelHooks:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
-        """Serve, note or leave alone one call; the changed arguments, or None."""
+        """Serve, note or leave alone one call; the changed arguments, or None.
+
+        An error of ours is the call's only in a strict store, or where it cannot be told what its cache holds.
+        """
+        path: Path | None = None
+        try:
+            path, session = self._path(module, args, kwargs)
+            if path is None:
+                return None
+            columns = path.walk(session) if path.votes is None else path.walk_together(session, path.votes)
+            return ((), path.call.without_first(columns)) if columns else None
+        except Exception as error:
+            if path is not None:
+                path.abandon(error)
+            elif any(past_of(value) for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+                raise
+            return None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Learn what the forward left in the cache, and hand it to the store; an error of ours is nobody's but ours."""
+        try:
+            self._after(module, args, kwargs, has_output=output is not None)
+        except Exception as error:
+            stores = {door.store for door in self._doors_of(args, kwargs)}
+            if any(store.config.strict for store in stores):
+                raise
+            for store in stores:
+                store.observe(CacheEvent("error", f"internal error ({type(error).__name__})"))
+
+    def _path(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Path | None, Session | None]:
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
         if call is None or door is None:
-            return None
+            return None, None
         session = door.session_of(call.cache, None)
         if session is not None and session.is_running_pieces:
-            return None
-        own: OwnDoor | None = call.cache if _is_own(call) else None
+            return None, None
+        own: OwnDoor | None = call.cache if _is_own(call.cache) else None
         if own is not None:
             own.in_forward += 1
         # Steps of one token are the same on every rank; for a prompt the ranks must agree what is not computed.
         votes = Votes(self.adapter.ranks) if self.adapter.ranks and call.width > 1 else None
-        path = Path(self.adapter, module, door, own, call, votes)
-        columns = path.walk(session) if votes is None else path.walk_together(session, votes)
-        return ((), path.call.without_first(columns)) if columns else None
+        return Path(self.adapter, module, door, own, call, votes), session
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Learn what the forward left in the cache, and hand it to the store."""
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_output: bool) -> None:
         call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
         door = self._door(call) if call else None
         if call is None or door is None:
@@ -81,18 +112,33 @@ class ModelHooks:
         session = door.session_of(call.cache, None)
         if session is not None and session.is_running_pieces:
             return
-        if _is_own(call):
-            call.cache.in_forward -= 1
+        if _is_own(call.cache):
+            call.cache.in_forward = max(0, call.cache.in_forward - 1)
             call.cache.was_asked = False
-        if session is not None and output is None:
+        if session is not None and not has_output:
             session.forget()
         if session is not None and session.expected is not None:
-            settle(session, ended_well=output is not None)
+            settle(session, ended_well=has_output)
+
+    def _doors_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Door]:
+        """Doors of a call that failed in our hands, from its plain arguments; their sessions know nothing any more."""
+        found: list[Door] = []
+        for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+            doors: list[Door] = [cache] if _is_own(cache) else self.doors[-1:]
+            for door in doors:
+                session = door.session_of(cache, None)
+                if session is not None:
+                    session.expected = None
+                    session.forget()
+            if _is_own(cache):
+                cache.in_forward, cache.was_asked = 0, False
+            found += doors
+        return found
 
     def _door(self, call: Call) -> Door | None:
         if isinstance(call.cache, QuietCache):
             return None
-        if _is_own(call):
+        if _is_own(call.cache):
             own: OwnDoor = call.cache
             return own
         if self.doors and not self._probing.locked():
@@ -118,5 +164,5 @@ class _Hook:
         return (_Hook, ())
 
 
-def _is_own(call: Call) -> bool:
-    return hasattr(call.cache, "in_forward")
+def _is_own(cache: Any) -> bool:
+    return hasattr(cache, "in_forward")

@@ -41,14 +41,18 @@ class Path:
         self.votes = votes
         self.started = time.perf_counter()
         self.shared_columns: int | None = None
+        self.base: int | None = None
 
     def walk(self, session: Session | None) -> int:
         """Serve the call, or let it run cold, or note its tokens; how many of its columns need no computing.
 
         ``session`` is that of the call's cache, if it has one.
         """
-        past = session.past if session is not None else _past(self.call.cache)
-        if past and self._goes_on(past):
+        past = self.base = session.past if session is not None else past_of(self.call.cache)
+        if past:
+            self.base = None
+            self.base = past if self._goes_on(past) else 0
+        if past and self.base:
             return self._continue(session, past)
         if past and self.own is None:
             return 0
@@ -64,12 +68,35 @@ class Path:
             return self._run_cold(session, reason or "cache in use elsewhere", past)
         return self._begin(session, past)
 
+    def abandon(self, error: Exception) -> None:
+        """After ``error``: the cache as it was before the call, so that the model computes all of it.
+
+        Raises:
+            Exception: ``error``, in a strict store, or if that cannot be done: better a failed call than a wrong one.
+        """
+        is_step = self.call.width == 1 and (self.own is None or not self.own.was_asked)
+        if (self.base is None and not is_step) or self.door.store.config.strict:
+            raise error
+        session = self.door.session_of(self.call.cache, None)
+        if session is not None and is_step:
+            session.forget()
+            return
+        if session is not None:
+            session.expected = None
+            if session.state.cut_to(self.base, held=session.past) != self.base:
+                raise error
+            session.forget()
+        elif self.own is not None and not self.base:
+            self.own.empty()
+        reason = f"bypass: internal error ({type(error).__name__}: {error})"
+        self._publish(session, CacheReport(self.call.width, 0, "", self._seconds(), 0, reason, self.call.rows))
+
     def walk_together(self, session: Session | None, votes: Votes) -> int:
         """`walk`, with every rank of a tensor-parallel model: all leave out the same columns, or all none.
 
         Whatever happens on one rank, it casts its votes: the others wait for them.
         """
-        past = session.past if session is not None else _past(self.call.cache)
+        past = session.past if session is not None else past_of(self.call.cache)
         columns = 0
         try:
             columns = self.walk(session)
@@ -307,7 +334,11 @@ class Path:
     def _publish(self, session: Session | None, report: CacheReport, replaces: CacheReport | None = None) -> None:
         if session is not None:
             session.report = report
-        self.door.publish(report, replaces)
+        try:
+            self.door.publish(report, replaces)
+        except Exception:
+            if self.door.store.config.strict:
+                raise  # otherwise who counts and listens has no say in the answer
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -325,7 +356,7 @@ def settle(session: Session, *, ended_well: bool) -> None:
     session.capture()
 
 
-def _past(cache: Cache) -> int:
+def past_of(cache: Cache) -> int:
     """Columns that a cache holds of which we know nothing; 1 for state that has no columns."""
     for layer in cache.layers:
         if hasattr(layer, "get_seq_length"):

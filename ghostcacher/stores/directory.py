@@ -60,7 +60,8 @@ class DirectoryStore:
             self._mode |= status.st_mode & 0o077
         else:
             _refuse_untrusted(self.root, status)
-        self._sweep_partials()
+        with contextlib.suppress(StoreError):  # another opening sweeps them
+            self._sweep_partials()
 
     def get_many(
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float

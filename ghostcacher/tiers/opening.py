@@ -11,7 +11,7 @@ from filelock import FileLock
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
-from ghostcacher.events import CacheEvent, LogObserver, Observer, logger
+from ghostcacher.events import CacheEvent, LogObserver, Observer, logger, tell
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.keyring import Secret
 from ghostcacher.stores.base import Store
@@ -109,8 +109,7 @@ def open_store(
     observers: list[Observer] = [LogObserver()]
 
     def observe(event: CacheEvent) -> None:
-        for observer in observers:
-            observer(event)
+        tell(observers, event)
 
     readers = Readers()
     ring = tuple(Sealing.of(secret) for secret in config.secrets)

@@ -11,7 +11,7 @@ from typing import Self
 
 from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.config import StoreConfig
-from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer
+from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer, tell
 from ghostcacher.gate import RETRY_SECONDS, Leg
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
@@ -240,8 +240,7 @@ class TierStack:
 
     def observe(self, event: CacheEvent) -> None:
         """Hand ``event`` to every observer."""
-        for observer in self.observers:
-            observer(event)
+        tell(self.observers, event)
 
     def _ask_remotes(self, chain: PrefixChain, timeout_seconds: float | None, *, snapshots: bool) -> bool:
         remotes = [tier for tier in self.tiers if not tier.is_local]
