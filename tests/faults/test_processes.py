@@ -82,8 +82,9 @@ def test_f24_kill_nine_leaves_no_torn_entry_and_no_partial(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_f24_kill_nine_many_times(tmp_path):
-    kill_in_a_loop(tmp_path / "blocks", kills=500)
+    kill_in_a_loop(tmp_path / "blocks", kills=1000)
 
 
 def test_f26_two_processes_share_one_directory(tmp_path):
