@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench bench-quality bench-restore slow sweep sweep-oldest clean
+.PHONY: demo test test-oldest check bench bench-quality bench-restore slow defects sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Puts each of some forty defects into a copy of the package, and sees that a named test fails (10 minutes).
+defects: $(VENV)/.dev
+	$(BIN)/python -m tests.defects
 
 # The oldest transformers that is supported, on what depends on it.
 test-oldest: pyproject.toml

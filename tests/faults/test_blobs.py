@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 
 import ghostcacher
 from ghostcacher import GhostCache, keys
-from ghostcacher.codecs.header import header_bytes, payload_digest
+from ghostcacher.blocks import KVBlock
+from ghostcacher.codecs.header import BlockHeader, header_bytes, payload_digest, sealed
 from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
@@ -162,6 +164,43 @@ def test_f05_no_block_of_a_store_whose_files_were_exchanged_is_found(is_sealed, 
     assert placed == 0
     with ghostcacher.open_store(tmp_path / "d", memory=None, block_tokens=BLOCK_TOKENS, key=key) as store:
         assert store.match(chain) == ()
+
+
+def test_f06_a_header_that_names_other_tokens_is_no_block_of_them(models, generate, tmp_path):
+    """The bytes of one prompt's block under their own name, but saying that they are another prompt's."""
+    model, ours, theirs = models("llama"), random_prompt(60, seed=1), random_prompt(60, seed=2)
+    given = {"memory": None, "block_tokens": 32}
+    with ghostcacher.open_store(tmp_path / "d", **given) as store:
+        generate(model, ours, GhostCache(model, store), new=1)
+        store.flush()
+        chain = next(iter(store.tiers[0].entries())).namespace
+    for file in (tmp_path / "d").rglob("*.safetensors"):
+        blob = file.read_bytes()
+        header, end = BlockHeader.parse(blob), header_bytes(blob)
+        if header.key.start == 0 and header.key.length == 32:
+            lying = replace(header.key, tokens=keys.pack_tokens(theirs[0, :32].tolist()))
+            rendered = replace(header, key=lying).render()
+            file.write_bytes(sealed(rendered, [blob[end:]]) + blob[end:])
+    with ghostcacher.open_store(tmp_path / "d", **given) as store:
+        cache = GhostCache(model, store)
+        out = generate(model, theirs, cache, new=3)
+        assert cache.report.cached_tokens == 0
+        assert torch.equal(out, generate(model, theirs, new=3))
+        assert {key.namespace for key in store.tiers[0].entries()} == {chain}
+
+
+def test_f55_a_block_computed_on_lossy_ones_says_so_whatever_codes_it():
+    block = BLOCKS[0]
+    lossy = KVBlock(block.key, block.layout, block.tensors, lossy=True)
+    blob = blob_of(lossy)
+    assert BlockHeader.parse(blob).lossy
+    with pytest.raises(BlockError, match="lossy"):
+        decode_blob(bytearray(blob), block.key, LAYOUT, exact_only=True)
+
+
+def test_f05_another_blocks_bytes_are_named_as_such():
+    with pytest.raises(BlockError, match="key_echo"):
+        decode_blob(bytearray(BLOBS[0]), BLOCKS[1].key, LAYOUT)
 
 
 def test_f22_a_hash_of_eight_bits_collides_all_the_time_and_never_serves_wrong(models, generate, monkeypatch, tmp_path):
