@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 
 from ghostcacher.adapters.base import FingerprintMode, base_module
@@ -84,7 +86,7 @@ class GhostCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held while a forward of the model runs, 0 between forwards; see the class."""
-        if not self.in_forward:
+        if not self._is_in_forward():
             self._note_question()
             return 0
         return int(super().get_seq_length(layer_idx))
@@ -156,11 +158,19 @@ class GhostCache(DynamicCache):
         )
 
     def _note_question(self) -> None:
-        if not self.in_forward:
+        if not self._is_in_forward():
             self.was_asked = True
+
+    def _is_in_forward(self) -> bool:
+        """Whether a forward is running. One that was interrupted (Ctrl-C) ended without telling anyone."""
+        if self.in_forward and not _is_running(self._module()):
+            self.in_forward = 0
+            self._forget_rows()
+        return self.in_forward > 0
 
     def _forget_rows(self) -> None:
         if self._session is not None:
+            self._session.expected = None
             self._session.forget()
 
 
@@ -236,3 +246,16 @@ def _begun(cache: Cache, session: Session) -> Session:
     goodbye = weakref.finalize(cache, finish, session)
     goodbye.atexit = False
     return session
+
+
+def _is_running(module: nn.Module | None) -> bool:
+    """Whether this thread is inside a call of ``module``: a look at its stack, as no hook tells of an interruption."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the documented way to one's own stack)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__  # noqa: SLF001 (where every call of a module with hooks goes through)

@@ -99,7 +99,10 @@ class ModelHooks:
             return None, None
         own: OwnDoor | None = call.cache if _is_own(call.cache) else None
         if own is not None:
-            own.in_forward += 1
+            if own.in_forward and session is not None:  # the last one was interrupted, and ended nowhere
+                session.expected = None
+                session.forget()
+            own.in_forward = 1
         # Steps of one token are the same on every rank; for a prompt the ranks must agree what is not computed.
         votes = Votes(self.adapter.ranks) if self.adapter.ranks and call.width > 1 else None
         return Path(self.adapter, module, door, own, call, votes), session
@@ -113,7 +116,7 @@ class ModelHooks:
         if session is not None and session.is_running_pieces:
             return
         if _is_own(call.cache):
-            call.cache.in_forward = max(0, call.cache.in_forward - 1)
+            call.cache.in_forward = 0
             call.cache.was_asked = False
         if session is not None and not has_output:
             session.forget()

@@ -75,18 +75,16 @@ class Path:
             Exception: ``error``, in a strict store, or if that cannot be done: better a failed call than a wrong one.
         """
         is_step = self.call.width == 1 and (self.own is None or not self.own.was_asked)
-        if (self.base is None and not is_step) or self.door.store.config.strict:
+        base = past_of(self.call.cache) if self.base is None and is_step else self.base
+        if base is None or self.door.store.config.strict:
             raise error
         session = self.door.session_of(self.call.cache, None)
-        if session is not None and is_step:
-            session.forget()
-            return
         if session is not None:
             session.expected = None
-            if session.state.cut_to(self.base, held=session.past) != self.base:
+            if session.state.cut_to(base, held=session.past) != base:
                 raise error
             session.forget()
-        elif self.own is not None and not self.base:
+        elif self.own is not None and not base:
             self.own.empty()
         reason = f"bypass: internal error ({type(error).__name__}: {error})"
         self._publish(session, CacheReport(self.call.width, 0, "", self._seconds(), 0, reason, self.call.rows))
