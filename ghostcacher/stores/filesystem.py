@@ -20,8 +20,8 @@ from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, key_
 
 _EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
 _NEEDS_MOVE = frozenset({"file", "local"})
-_CREATES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
-"""Schemes whose implementations write an object only if there is none, in one step."""
+_CREATING = ("s3fs.", "gcsfs.", "fsspec.implementations.memory")
+"""Modules of implementations that write an object only if there is none, in one step."""
 _Result = TypeVar("_Result")
 
 
@@ -29,8 +29,8 @@ class FilesystemStore:
     """Objects at ``<url>/v1/<namespace>/<2 hex>/<key>.safetensors``.
 
     The client blocks; the tier above it keeps the deadline. Of two writers at once who do not replace, one is told that
-    the other was first: on S3, Google and local files by the store itself, elsewhere by looking before writing, which
-    two may do at once.
+    the other was first: on S3, Google and local files by the store itself, elsewhere (also through obstore) by looking
+    before writing, which two may do at once.
     """
 
     name = "remote"
@@ -58,8 +58,7 @@ class FilesystemStore:
         paths = {self._path(key): key for key in keys}
         if not paths:
             return {}
-        starts, ends = [0] * len(paths), [limit_bytes] * len(paths)
-        found = self._call("read", lambda: self._fs.cat_ranges(list(paths), starts, ends, on_error="return"))
+        found = self._call("read", lambda: self._heads(list(paths), limit_bytes))
         values: dict[str, Buffer | StoreError] = {}
         for key, value in zip(paths.values(), found, strict=True):
             if isinstance(value, Exception):
@@ -114,12 +113,22 @@ class FilesystemStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/{relative_path(checked_key(key))}"
 
+    def _heads(self, paths: list[str], limit_bytes: int) -> list[Any]:
+        """The first bytes of each object or its error; one by one where an implementation raises the first error."""
+        starts, ends = [0] * len(paths), [limit_bytes] * len(paths)
+        try:
+            return list(self._fs.cat_ranges(paths, starts, ends, on_error="return"))
+        except FileNotFoundError as error:
+            if len(paths) == 1:
+                return [error]
+            return [self._heads([path], limit_bytes)[0] for path in paths]
+
     def _put(self, path: str, value: bytes, *, replace: bool) -> bool:
         """Write one object; False if one stands that is not to be replaced."""
         try:
             if self.scheme in _NEEDS_MOVE:
                 self._call("write", lambda: self._put_moving(path, value, replace=replace))
-            elif self.scheme in _CREATES:
+            elif type(self._fs).__module__.startswith(_CREATING):
                 self._call("write", lambda: self._fs.pipe_file(path, value, mode="create"))
             elif self._call("look up", lambda: self._fs.exists(path)):
                 return False

@@ -210,8 +210,8 @@ def test_f22_a_hash_of_eight_bits_collides_all_the_time_and_never_serves_wrong(m
     )
     model, hits = models("llama"), 0
     with ghostcacher.open_store(tmp_path / "d", memory="16MiB", block_tokens=16) as store:
-        for turn in range(120):
-            prompt = random_prompt(60, seed=turn % 40)
+        for turn in range(60):
+            prompt = random_prompt(60, seed=turn % 20)
             cache = GhostCache(model, store)
             out = generate(model, prompt, cache, new=2)
             hits += cache.report.cached_tokens > 0

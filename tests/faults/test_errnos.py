@@ -106,7 +106,11 @@ def test_f30_a_get_that_fails_anywhere_gives_an_error_or_the_value(number, tmp_p
     assert tried >= 3
 
 
-@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "number",
+    [*ERRNOS[:2], *(pytest.param(number, marks=pytest.mark.slow) for number in ERRNOS[2:])],
+    ids=errno.errorcode.get,
+)
 def test_f29_f30_generate_goes_on_whatever_fails(number, models, generate, tmp_path, monkeypatch):
     model = models("llama")
     expected, tried, refused = generate(model, PROMPT, new=2), 0, 0

@@ -98,9 +98,9 @@ def check(lines, came_through):
     assert not unexpected
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "lfm2"])
+@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
 def test_f52_an_error_at_a_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path):
-    lines, came_through = every(61, generate, models(model_type), tmp_path / "d")
+    lines, came_through = every(149, generate, models(model_type), tmp_path / "d")
     check(lines, came_through)
 
 

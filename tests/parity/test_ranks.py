@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,17 @@ PROMPT = random_prompt(200, seed=4)
 def launch(script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    started = subprocess.Popen(
         [*command, str(script), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, check=False, timeout=240,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    try:
+        out, errors = started.communicate(timeout=90)
+    except subprocess.TimeoutExpired:  # ranks that wait for each other outlive who started them
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    assert started.returncode == 0, errors[-3000:]
+    return out
 
 
 @pytest.fixture(scope="module")

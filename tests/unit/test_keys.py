@@ -32,6 +32,12 @@ def keys_of_another_process(hash_seed):
     return tuple(done.stdout.split())
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 16, 17])
+def test_one_token_of_a_prompt_never_comes_from_a_store(length):
+    chain = PrefixChain.of(list(range(length)), Namespace(bytes(32)), 16)
+    assert chain.reusable_tokens == max(0, length - 1)
+
+
 def test_golden_values():
     chain = PrefixChain.of(list(range(40)), NAMESPACE, 16)
     found = (NAMESPACE.hex, *(key.digest.hex() for key in (chain.block(0), chain.block(1), chain.tail(40))))

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import ghostcacher
+from ghostcacher import GhostCache
 from ghostcacher.blocks import Extent, KVBlock, KVLayout, LayerSpec, TensorSpec
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.errors import BlockError
 from ghostcacher.keys import Namespace, PrefixChain
+from ghostcacher.testing.models import random_prompt
 from ghostcacher.testing.tier import LAYOUT as SLICES
 
 NAMESPACE = Namespace(bytes(32))
@@ -144,3 +146,20 @@ def test_other_processes_find_snapshots_in_a_directory(tmp_path):
         two.fetch([candidate.key for candidate in matched], LAYOUT, placed.append)
         assert len(placed) == len(matched)
         assert any(block.key.is_snapshot for block in placed)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "lfm2"])
+def test_a_snapshot_is_not_changed_by_what_the_model_writes_later(model_type, models, store, generate):
+    model = models(model_type)
+    cache = GhostCache(model, store)
+    generate(model, random_prompt(40, seed=1), cache, new=1)
+    state = cache._session.state
+    taken = state.snapshot()
+    before = [{name: tensor.clone() for name, tensor in layer.items()} for layer in taken]
+    held = [kind.states.ago(layer, 0) for kind, layer in state.pairs() if kind.states]
+    assert sum(map(len, held)) > 0
+    for layer in held:
+        for tensor in layer.values():
+            tensor.fill_(7.0)
+    for layer, kept in zip(taken, before, strict=True):
+        assert all(torch.equal(layer[name], kept[name]) for name in kept)
