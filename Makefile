@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench bench-quality bench-restore slow defects sweep sweep-oldest clean
+.PHONY: demo test test-oldest check bench bench-quality bench-restore bench-fleet slow defects sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ bench-quality: $(VENV)/.dev
 # What restoring takes with each codec, from a directory and from Redis (2 minutes; needs redis-server).
 bench-restore: $(VENV)/.dev
 	$(BIN)/python benchmarks/restore.py --write docs/quantisation.md
+
+# Remote tiers, processes that share a store, sealing, dead tiers (3 minutes; needs redis-server).
+bench-fleet: $(VENV)/.dev
+	$(BIN)/python benchmarks/fleet.py --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .demo-store .pytest_cache .mypy_cache .ruff_cache

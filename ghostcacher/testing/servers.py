@@ -121,6 +121,7 @@ class MooncakePool:
         binary = shutil.which("mooncake_master", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if binary is None:
             raise FileNotFoundError("no mooncake_master: pip install mooncake-transfer-engine-non-cuda")
+        folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "mooncake.log"
         self._binary = binary
         self._segment_bytes = segment_bytes
