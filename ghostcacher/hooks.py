@@ -19,10 +19,12 @@ from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call
 from ghostcacher.adapters.probe import QuietCache
 from ghostcacher.adapters.ranks import Votes
+from ghostcacher.adapters.state import past_of
 from ghostcacher.doors import Door, OwnDoor
 from ghostcacher.events import CacheEvent
-from ghostcacher.path import Path, past_of, settle
-from ghostcacher.session import Session
+from ghostcacher.path import Path
+from ghostcacher.rescue import abandon, walk_together
+from ghostcacher.session import Session, settle
 
 _installed: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _installing = threading.Lock()
@@ -67,11 +69,11 @@ class ModelHooks:
             path, session = self._path(module, args, kwargs)
             if path is None:
                 return None
-            columns = path.walk(session) if path.votes is None else path.walk_together(session, path.votes)
+            columns = path.walk(session) if path.votes is None else walk_together(path, session, path.votes)
             return ((), path.call.without_first(columns)) if columns else None
         except Exception as error:
             if path is not None:
-                path.abandon(error)
+                abandon(path, error)
             elif any(past_of(value) for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
                 raise
             return None

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers import Cache
-
 from ghostcacher.adapters.base import ModelAdapter
 from ghostcacher.adapters.calls import Call, continues, goes_on, has_plain_positions, padding, why_not
 from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.media import media_of
 from ghostcacher.adapters.positions import last_positions
 from ghostcacher.adapters.ranks import Votes
+from ghostcacher.adapters.state import past_of
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
 from ghostcacher.doors import Door, OwnDoor
@@ -68,50 +67,6 @@ class Path:
             return self._run_cold(session, reason or "cache in use elsewhere", past)
         return self._begin(session, past)
 
-    def abandon(self, error: Exception) -> None:
-        """After ``error``: the cache as it was before the call, so that the model computes all of it.
-
-        Raises:
-            Exception: ``error``, in a strict store, or if that cannot be done: better a failed call than a wrong one.
-        """
-        is_step = self.call.width == 1 and (self.own is None or not self.own.was_asked)
-        base = past_of(self.call.cache) if self.base is None and is_step else self.base
-        if base is None or self.door.store.config.strict:
-            raise error
-        session = self.door.session_of(self.call.cache, None)
-        if session is not None:
-            session.expected = None
-            if session.state.cut_to(base, held=session.past) != base:
-                raise error
-            session.forget()
-        elif self.own is not None and not base:
-            self.own.empty()
-        reason = f"bypass: internal error ({type(error).__name__}: {error})"
-        self._publish(session, CacheReport(self.call.width, 0, "", self._seconds(), 0, reason, self.call.rows))
-
-    def walk_together(self, session: Session | None, votes: Votes) -> int:
-        """`walk`, with every rank of a tensor-parallel model: all leave out the same columns, or all none.
-
-        Whatever happens on one rank, it casts its votes: the others wait for them.
-        """
-        past = session.past if session is not None else past_of(self.call.cache)
-        columns = 0
-        try:
-            columns = self.walk(session)
-        finally:
-            is_same = votes.close(columns)
-        if is_same:
-            return columns
-        found = self.door.session_of(self.call.cache, None)
-        if found is not None and columns:
-            is_continued = columns + past == found.past
-            found.state.cut_to(past if is_continued else 0, held=found.past)
-            report = CacheReport(
-                _tokens(self.call), 0, "", self._seconds(), 0, "bypass: ranks disagree", self.call.rows
-            )
-            self._publish(found, report, replaces=found.report)
-        return 0
-
     def _goes_on(self, past: int) -> bool:
         """Whether this call is the next step of what the cache holds, rather than a new prompt.
 
@@ -137,8 +92,8 @@ class Path:
             self.own.empty()
         if session is not None:
             session.forget()
-        self._publish(
-            session, CacheReport(_tokens(self.call), 0, "", self._seconds(), 0, f"bypass: {reason}", self.call.rows)
+        self.publish(
+            session, CacheReport(_tokens(self.call), 0, "", self.seconds(), 0, f"bypass: {reason}", self.call.rows)
         )
         return 0
 
@@ -170,7 +125,7 @@ class Path:
             if session.store.config.strict:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
-        self._publish(session, self._report(rows, served, have, is_lossy=is_lossy))
+        self.publish(session, self._report(rows, served, have, is_lossy=is_lossy))
         if not session.state.needs_pieces:
             session.prefilling = (time.perf_counter(), (self.call.width - columns) * self.call.rows)
         return columns
@@ -251,10 +206,10 @@ class Path:
             update = replace(
                 session.report, prompt_tokens=_longest(rows), cached_tokens=cached,
                 tier=served.tier or session.report.tier,
-                bytes=session.report.bytes + served.size_bytes, seconds=session.report.seconds + self._seconds(),
+                bytes=session.report.bytes + served.size_bytes, seconds=session.report.seconds + self.seconds(),
                 reason="hit" if cached else session.report.reason, lossy=session.report.lossy or served.lossy,
             )  # fmt: skip
-            self._publish(session, update, replaces=session.report)
+            self.publish(session, update, replaces=session.report)
         return reached - past
 
     def _run_pieces(self, session: Session, rows: Sequence[Row], reached: int, *, base: int) -> int:
@@ -325,46 +280,21 @@ class Path:
         tier = "+".join(name for name in ("live" if have else "", served.tier) if name)
         miss = "miss: slower to load than to compute" if served.is_declined else "miss: first seen"
         reason = "hit" if cached else miss
-        return CacheReport(
-            _longest(rows), cached, tier, self._seconds(), served.size_bytes, reason, len(rows), is_lossy
-        )
+        return CacheReport(_longest(rows), cached, tier, self.seconds(), served.size_bytes, reason, len(rows), is_lossy)
 
-    def _publish(self, session: Session | None, report: CacheReport, replaces: CacheReport | None = None) -> None:
+    def publish(self, session: Session | None, report: CacheReport, replaces: CacheReport | None = None) -> None:
+        """Hand its report to the door, in place of an earlier one; who listens has no say in the answer."""
         if session is not None:
             session.report = report
         try:
             self.door.publish(report, replaces)
         except Exception:
             if self.door.store.config.strict:
-                raise  # otherwise who counts and listens has no say in the answer
+                raise
 
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
+        """Since the call came in."""
         return time.perf_counter() - self.started
-
-
-def settle(session: Session, *, ended_well: bool) -> None:
-    """Learn what a forward left in the cache, and hand it to the store."""
-    expected, session.expected = session.expected, None
-    if expected is None:
-        return
-    if not ended_well or not session.state.is_at(expected.columns):
-        session.forget()
-        return
-    session.know(expected.rows)
-    session.capture()
-
-
-def past_of(cache: Cache) -> int:
-    """Columns that a cache holds of which we know nothing; 1 for state that has no columns."""
-    for layer in cache.layers:
-        if hasattr(layer, "get_seq_length"):
-            return int(layer.get_seq_length())
-    return int(any(getattr(layer, "has_previous_state", None) and any(_flags(layer)) for layer in cache.layers))
-
-
-def _flags(layer: Any) -> list[bool]:
-    held = layer.has_previous_state
-    return [bool(flag) for flag in (held.values() if isinstance(held, dict) else held)]
 
 
 def _tokens(call: Call) -> int:

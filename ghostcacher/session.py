@@ -233,3 +233,15 @@ def _shared(old: Row, new: Row) -> int:
 
 def _cut(chain: PrefixChain, tokens: int) -> PrefixChain:
     return chain.cut(max(0, tokens))
+
+
+def settle(session: Session, *, ended_well: bool) -> None:
+    """Learn what a forward left in the cache, and hand it to the store."""
+    expected, session.expected = session.expected, None
+    if expected is None:
+        return
+    if not ended_well or not session.state.is_at(expected.columns):
+        session.forget()
+        return
+    session.know(expected.rows)
+    session.capture()

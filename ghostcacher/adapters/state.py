@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from ghostcacher.adapters.parts import Kind
 
@@ -136,3 +137,16 @@ def put_layers(layers: list[Any], fresh: list[Any]) -> None:
         for layer in layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+
+def past_of(cache: Cache) -> int:
+    """Columns that a cache holds of which we know nothing; 1 for state that has no columns."""
+    for layer in cache.layers:
+        if hasattr(layer, "get_seq_length"):
+            return int(layer.get_seq_length())
+    return int(any(getattr(layer, "has_previous_state", None) and any(_flags(layer)) for layer in cache.layers))
+
+
+def _flags(layer: Any) -> list[bool]:
+    held = layer.has_previous_state
+    return [bool(flag) for flag in (held.values() if isinstance(held, dict) else held)]
