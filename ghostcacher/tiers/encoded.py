@@ -21,7 +21,6 @@ from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
 from ghostcacher.stores.base import Buffer, Store, close
 from ghostcacher.tiers.base import (
-    SNAPSHOT_SHARE,
     Offer,
     Place,
     Spread,
@@ -30,11 +29,11 @@ from ghostcacher.tiers.base import (
     content_counts,
     one_by_one,
 )
+from ghostcacher.tiers.budget import Budget
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.creating import Created, create
 
-SWEEP_SHARE = 0.05
 BATCH_BLOCKS = 2
 _KEEP = frozenset({"version", "lossy", "codec", "memory", "sealed"})
 
@@ -58,21 +57,20 @@ class EncodedTier:
     ) -> None:  # fmt: skip
         self.name = name
         self.is_local = is_local
-        self.budget_bytes = budget_bytes
-        self._quota_bytes = quota_bytes
-        self.snapshot_limit_bytes = None if budget_bytes is None else int(budget_bytes * SNAPSHOT_SHARE)
         self.chain = chain
         self.is_lossy = chain.codec.lossy
         self.index = PrefixIndex()
+        self.budget = Budget(
+            self.index, policy, self._evict, self._refresh_all, size_bytes=budget_bytes, quota_bytes=quota_bytes,
+            sweep_lock=sweep_lock,
+        )  # fmt: skip
         self.loading = Line()
         self.asking = Line()
         self.catalog: Catalog | None = None
         self.store = store
-        self._policy = policy
         self._observe = observe
         self.timeout_seconds = timeout_seconds
         self._strict = strict
-        self._sweep_lock = sweep_lock or contextlib.nullcontext()
         self._spread = spread
         self._touch_store = None if is_read_only else touch_store
         self._is_read_only = is_read_only
@@ -137,17 +135,12 @@ class EncodedTier:
         blob = coded.blob
         size_bytes = sum(len(part) for part in blob)
         created: Created | None = None
-        if key.is_snapshot and not self._has_share(key, size_bytes):
-            self._observe(CacheEvent("dropped", "snapshot larger than its share", self.name, key.length, size_bytes))
-            return False
-        with self._errors_counted("write"), self._room_for(key, size_bytes) as has_room:
-            if not self._is_within_quota(key, size_bytes):
-                self._observe(CacheEvent("dropped", "namespace over its quota", self.name, key.length, size_bytes))
-            elif has_room:
+        with self._errors_counted("write"), self.budget.room_for(key, size_bytes) as refusal:
+            if refusal:
+                self._observe(CacheEvent("dropped", refusal, self.name, key.length, size_bytes))
+            else:
                 held = self.index.get(key.digest) is not None
                 created = create(self.store, coded, blob, replace=held, timeout_seconds=self.timeout_seconds)
-            else:
-                self._observe(CacheEvent("dropped", "no room in the tier", self.name, key.length, size_bytes))
         if created is not None:
             header = created.header
             kl = header.certificate.replayed if header.certificate else None
@@ -202,7 +195,7 @@ class EncodedTier:
         c, codec = self._counts, self.chain.codec
         name = spoken(record_of(codec))
         return TierStats(
-            self.name, len(self.index), self.index.size_bytes, self.budget_bytes, c["hits"], c["stored"],
+            self.name, len(self.index), self.index.size_bytes, self.budget.size_bytes, c["hits"], c["stored"],
             c["evicted"], c["rejected"], c["errors"], name, codec.lossy, *content_counts(self.index),
             *certified_counts(self.index), conflicts=c["conflicts"],
         )  # fmt: skip
@@ -246,49 +239,9 @@ class EncodedTier:
             self._counts.add("conflicts")
             self._observe(CacheEvent("dropped", "conflict: it stands with other values", self.name, tokens, size_bytes))
 
-    def _has_share(self, key: BlockKey, size_bytes: int) -> bool:
-        """Evict snapshots of the namespace until this one fits its share; False if it never does."""
-        if self.snapshot_limit_bytes is None:
-            return True
-        if size_bytes <= self.snapshot_limit_bytes:
-            needed_bytes = self.index.snapshot_bytes(key.namespace) + size_bytes - self.snapshot_limit_bytes
-            self._evict(list(self.index.snapshot_victims(key.namespace, needed_bytes, self._policy)), "snapshots")
-        return size_bytes <= self.snapshot_limit_bytes
-
-    def _is_within_quota(self, key: BlockKey, size_bytes: int) -> bool:
-        """Evict leaves of the namespace until this block fits its quota; False if it does not."""
-        if self._quota_bytes is None:
-            return True
-        needed_bytes = self.index.namespace_bytes(key.namespace) + size_bytes - self._quota_bytes
-        if needed_bytes > 0 and self.index.may_displace(key):
-            with self.index.pinned([key.parent]):
-                self._evict(list(self.index.victims(needed_bytes, self._policy, key.namespace)), "quota")
-        return self.index.namespace_bytes(key.namespace) + size_bytes <= self._quota_bytes
-
-    @contextlib.contextmanager
-    def _room_for(self, key: BlockKey, size_bytes: int) -> Iterator[bool]:
-        if self.budget_bytes is None:
-            yield True
-            return
+    def _refresh_all(self) -> None:
         if self.catalog:
             self.catalog.refresh_all(self.index)
-        if self.index.size_bytes + size_bytes <= self.budget_bytes:
-            yield True
-            return
-        with self._sweep_lock, self.index.pinned([key.parent]):
-            if self.index.may_displace(key):
-                self._sweep(size_bytes)
-            yield self.index.size_bytes + size_bytes <= self.budget_bytes
-
-    def _sweep(self, size_bytes: int) -> None:
-        budget_bytes = self.budget_bytes or 0
-        if self.catalog:
-            self.catalog.refresh_all(self.index)
-        if self.index.size_bytes + size_bytes <= budget_bytes:
-            return
-        slack_bytes = int(budget_bytes * SWEEP_SHARE)
-        needed_bytes = self.index.size_bytes + size_bytes + slack_bytes - budget_bytes
-        self._evict(list(self.index.victims(needed_bytes, self._policy)), "budget")
 
     def _evict(self, victims: Sequence[Entry], reason: str) -> None:
         if victims:

@@ -114,7 +114,7 @@ def test_a_namespace_has_a_limit_for_snapshots(tmp_path, where):
     budgets = {"memory": None, "disk": None, where: "1MiB"}
     with ghostcacher.open_store(tmp_path, block_tokens=16, **budgets) as store:
         tier = store.tiers[0]
-        tier.snapshot_limit_bytes = 6_000
+        getattr(tier, "budget", tier).snapshot_limit_bytes = 6_000
         blocks = list(blocks_of(chain_of(40)))
         for number, block in enumerate([*blocks, *(snapshot_of(chain_of(40), end) for end in range(1, 40))]):
             assert store.offer(block), number
@@ -131,7 +131,7 @@ def test_a_snapshot_larger_than_its_share_displaces_nothing(tmp_path, where):
     with ghostcacher.open_store(tmp_path, block_tokens=16, **budgets) as store:
         for block in (*blocks_of(chain_of(40)), snapshot_of(chain_of(40), 20)):
             store.offer(block)
-        store.tiers[0].snapshot_limit_bytes = 100
+        store.tiers[0].budget.snapshot_limit_bytes = 100
         assert not store.offer(snapshot_of(chain_of(40), 32))
         assert store.match(chain_of(40), snapshots=True)[-1].key.end == 20
 
