@@ -20,8 +20,9 @@ Evict = Callable[[Sequence[Entry], str], None]
 class Budget:
     """Of the tier with ``index``: ``size_bytes`` for all, ``quota_bytes`` for each namespace; None is no limit.
 
-    The snapshots of one namespace get a quarter of it. ``evict`` takes entries out of index and store, for a reason. ``refresh`` brings the index in step
-    with a store that others write to; only a sweep takes ``sweep_lock``, so that one process of many makes it.
+    The snapshots of one namespace get a quarter. ``evict`` takes entries out of index and store, for a reason.
+    ``refresh`` brings the index in step with a store that others write to; only a sweep takes ``sweep_lock``, so that
+    one process of many makes it.
     """
 
     def __init__(
