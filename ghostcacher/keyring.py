@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from ghostcacher.errors import ConfigurationError
 SECRET_BYTES = 32
 KEY_VARIABLE = "GHOSTCACHER_KEY"
 KEY_FILE_VARIABLE = "GHOSTCACHER_KEY_FILE"
+
+_LOOKS_SECRET = re.compile(r"[0-9a-fA-F]{32,}")
 
 Secret = bytes | str | os.PathLike[str]
 """Bytes are the secret itself; a text or path names the file that holds it."""
@@ -42,11 +45,14 @@ def read_key(path: str | os.PathLike[str]) -> bytes:
     Raises:
         ConfigurationError: the file cannot be read, or holds too little.
     """
+    if _LOOKS_SECRET.fullmatch(os.fspath(path)):
+        raise ConfigurationError("key= takes bytes, or the path of a file; this text looks like a secret itself")
     try:
         content = Path(path).expanduser().read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no path"
         raise ConfigurationError(
-            f"cannot read the key file {os.fspath(path)}: {error.strerror}; `ghostcacher new-key FILE` makes one"
+            f"cannot read the key file {os.fspath(path)!r}: {why}; `ghostcacher new-key FILE` makes one"
         ) from None
     return _checked(_decoded(content), f"the key file {os.fspath(path)}")
 
@@ -75,9 +81,10 @@ def _of_environment(environment: Mapping[str, str]) -> Iterator[bytes]:
     for text in (digits or "").split(":"):
         if text:
             try:
-                yield _checked(bytes.fromhex(text), f"${KEY_VARIABLE}")
+                secret = bytes.fromhex(text)
             except ValueError:
                 raise ConfigurationError(f"${KEY_VARIABLE} is not made of hexadecimal digits") from None
+            yield _checked(secret, f"${KEY_VARIABLE}")
 
 
 def _decoded(content: bytes) -> bytes:

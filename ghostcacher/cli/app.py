@@ -153,11 +153,12 @@ def new_key(path: Annotated[Path, typer.Argument(help="A file that does not stan
 def _carry_out(plan: upkeep.RemovalPlan, store: upkeep.Directory, output: Format, *, dry_run: bool) -> None:
     if not dry_run:
         plan.execute(store)
+    left = f"; {plan.sealed:,} sealed ones left: give --key-file" if plan.sealed else ""
     verb = "would remove" if dry_run else "removed"
     emit(
         output,
-        {"blocks": len(plan.entries), "size_bytes": plan.size_bytes, "dry_run": dry_run},
-        f"{verb} {len(plan.entries):,} blocks, {format_bytes(plan.size_bytes)}",
+        {"blocks": len(plan.entries), "size_bytes": plan.size_bytes, "sealed": plan.sealed, "dry_run": dry_run},
+        f"{verb} {len(plan.entries):,} blocks, {format_bytes(plan.size_bytes)}{left}",
     )
 
 

@@ -16,7 +16,7 @@ from ghostcacher.stores.sealed import SealedDirectory
 
 _TIMEOUT_SECONDS = 60.0
 _HEAD_BYTES = 8192
-_WHOLE_BYTES = 2**40
+_WHOLE_BYTES = 2**32
 _NOBODY = "?"
 
 SEALED = "sealed"
@@ -53,9 +53,13 @@ class Unsound:
 
 @dataclass(frozen=True, slots=True)
 class RemovalPlan:
-    """Entries to remove, children before parents. Nothing happens before `execute`."""
+    """Entries to remove, children before parents. Nothing happens before `execute`.
+
+    ``sealed`` is how many were left alone because nobody can tell what they are without a key.
+    """
 
     entries: tuple[StoredEntry, ...]
+    sealed: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -123,12 +127,13 @@ def delete(store: Directory, entries: Sequence[Unsound]) -> None:
 def plan_older_than(store: Directory, seconds: float, progress: Progress, now: float | None = None) -> RemovalPlan:
     """Everything unused for ``seconds``, except what newer blocks chain from."""
     limit = (time.time() if now is None else now) - seconds
-    return RemovalPlan(tuple(entry for entry in _children_first(store, progress) if entry.modified_seconds < limit))
+    order, sealed = _children_first(store, progress)
+    return RemovalPlan(tuple(entry for entry in order if entry.modified_seconds < limit), sealed)
 
 
 def plan_down_to(store: Directory, size_bytes: int, progress: Progress) -> RemovalPlan:
     """The least recently used leaves, until at most ``size_bytes`` are left."""
-    order = list(_children_first(store, progress))
+    order, sealed = _children_first(store, progress)
     excess_bytes = sum(entry.size_bytes for entry in order) - size_bytes
     chosen = []
     for entry in order:
@@ -136,7 +141,7 @@ def plan_down_to(store: Directory, size_bytes: int, progress: Progress) -> Remov
             break
         chosen.append(entry)
         excess_bytes -= entry.size_bytes
-    return RemovalPlan(tuple(chosen))
+    return RemovalPlan(tuple(chosen), sealed)
 
 
 def plan_namespace(store: Directory, prefix: str) -> RemovalPlan:
@@ -159,14 +164,20 @@ def read_header(store: Directory, key: str) -> BlockHeader | BlockError | StoreE
     return found
 
 
-def _children_first(store: Directory, progress: Progress) -> list[StoredEntry]:
-    """All entries by last use, a parent never before its children: it counts as used when its children were."""
+def _children_first(store: Directory, progress: Progress) -> tuple[list[StoredEntry], int]:
+    """All entries by last use, a parent never before its children, and how many are sealed and left out.
+
+    A parent counts as used when its children were. Claims of a single flight are entries without children.
+    """
     listed = store.list_keys(timeout_seconds=_TIMEOUT_SECONDS)
-    entries = {entry.key: entry for entry in listed if not holds_no_block(entry.key)}
-    parents, depths = {}, {}
-    for key in entries:
+    entries = {entry.key: entry for entry in listed if not entry.key.startswith(TABLES.hex)}
+    parents, depths, sealed = {}, {}, 0
+    for key in list(entries):
         header = read_header(store, key)
         progress(1)
+        if isinstance(header, BlockError) and header.reason == SEALED:
+            del entries[key]
+            sealed += 1
         if isinstance(header, BlockHeader):
             parents[key] = f"{key[:64]}/{header.key.parent.hex()}"
             depths[key] = header.key.start
@@ -175,7 +186,7 @@ def _children_first(store: Directory, progress: Progress) -> list[StoredEntry]:
         if parents[key] in used:
             used[parents[key]] = max(used[parents[key]], used[key])
     order = sorted(entries, key=lambda key: (used[key], -depths.get(key, 0)))
-    return [StoredEntry(key, entries[key].size_bytes, used[key]) for key in order]
+    return [StoredEntry(key, entries[key].size_bytes, used[key]) for key in order], sealed
 
 
 def _why_unsound(store: Directory, entry: StoredEntry) -> str | None:

@@ -6,6 +6,7 @@ Every method takes a deadline; a store that cannot honour it (a blocking client)
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from ghostcacher.errors import ConfigurationError, StoreError
 Buffer = bytes | bytearray | memoryview
 Blob = Sequence[Buffer]
 """A value to be written: buffers that follow one another."""
+
+WITHOUT_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""Errors of file systems that have no hard links: there the last of two writers at once may win."""
 
 _KEY = re.compile(r"[0-9a-f]{64}/[0-9a-f]{64}")
 

@@ -17,15 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ghostcacher.errors import ConfigurationError, StoreError
-from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, key_of_path, relative_path
+from ghostcacher.stores.base import (
+    WITHOUT_LINKS,
+    Blob,
+    Buffer,
+    StoredEntry,
+    checked_key,
+    key_of_path,
+    relative_path,
+)
 
 STALE_PARTIAL_SECONDS = 3600.0
-_PARTIAL = re.compile(r"\.(\d+)-[0-9a-f]{16}\.partial")
+_PARTIAL = re.compile(r"\.(\d{1,9})-[0-9a-f]{16}\.partial")
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _IOV_LIMIT = 512
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-"""Errors of file systems without hard links: there the last of two writers at once wins, as everywhere before."""
 
 
 class DirectoryStore:
@@ -36,8 +42,8 @@ class DirectoryStore:
 
     name = "disk"
 
-    def __init__(self, root: str | os.PathLike[str], *, is_sealed: bool = False) -> None:
-        """Creates ``root`` if need be and sweeps partial files that dead processes left.
+    def __init__(self, root: str | os.PathLike[str], *, is_sealed: bool = False, is_read_only: bool = False) -> None:
+        """Creates ``root`` if need be and sweeps partial files that dead processes left, but for a reader.
 
         If ``is_sealed``, what is written here can be forged by nobody: ``root`` may belong to another user and others
         may write to it, and files and directories below it get its mode.
@@ -60,8 +66,14 @@ class DirectoryStore:
             self._mode |= status.st_mode & 0o077
         else:
             _refuse_untrusted(self.root, status)
-        with contextlib.suppress(StoreError):  # another opening sweeps them
-            self._sweep_partials()
+        if not is_read_only:
+            with contextlib.suppress(StoreError):  # another opening sweeps them
+                self._sweep_partials()
+
+    @property
+    def lock_mode(self) -> int:
+        """Of a file beside the entries that every user of the directory must be able to lock."""
+        return self._mode & 0o666
 
     def get_many(
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
@@ -115,15 +127,17 @@ class DirectoryStore:
 
     def buckets(self, namespace: str = "") -> Iterator[os.DirEntry[str]]:
         """The two-digit directories of the namespaces that begin with ``namespace``."""
+        is_shared = self._owner is None
         for found in self.namespaces():
             if found.startswith(namespace):
-                yield from (e for e in _scan(self.root / "v1" / found) if e.is_dir(follow_symlinks=False))
+                entries = _scan(self.root / "v1" / found, is_lenient=is_shared)
+                yield from (e for e in entries if e.is_dir(follow_symlinks=False))
 
     def entries_in(self, bucket: str) -> Iterator[StoredEntry]:
         """The stored values in one bucket directory."""
-        for entry in _scan(Path(bucket)):
+        for entry in _scan(Path(bucket), is_lenient=self._owner is None):
             key = key_of_path(entry.path)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # an entry that cannot be looked at is not there
                 if key is not None and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
                     yield StoredEntry(key, status.st_size, status.st_mtime)
@@ -158,14 +172,27 @@ class DirectoryStore:
 
     def _create(self, folder: str, partial: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        mode = self._mode & 0o666
         try:
-            return os.open(partial, flags, mode)
+            return self._opened(partial, flags)
         except FileNotFoundError:
             bucket = Path(folder)
             for level in (bucket.parent.parent.parent, bucket.parent.parent, bucket.parent, bucket):
-                level.mkdir(mode=self._mode, exist_ok=True)
-            return os.open(partial, flags, mode)
+                self._made(level)
+            return self._opened(partial, flags)
+
+    def _opened(self, partial: str, flags: int) -> int:
+        descriptor = os.open(partial, flags, self._mode & 0o666)
+        if self._owner is None:  # a directory that is shared gives its mode, whatever this user's umask is
+            os.fchmod(descriptor, self._mode & 0o666)
+        return descriptor
+
+    def _made(self, level: Path) -> None:
+        try:
+            level.mkdir(mode=self._mode)
+        except FileExistsError:
+            return
+        if self._owner is None:
+            level.chmod(self._mode | (self.root.stat().st_mode & stat.S_ISGID))
 
     def _sweep_partials(self) -> None:
         for bucket in self.buckets():
@@ -185,7 +212,7 @@ def _moved(partial: str, path: str, *, replace: bool) -> bool:
             os.unlink(partial)  # noqa: PTH108
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in WITHOUT_LINKS:
                 raise
         else:
             os.unlink(partial)  # noqa: PTH108
@@ -236,13 +263,16 @@ def _write_all(descriptor: int, blob: Blob) -> None:
             pending[0] = pending[0][written:]
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
+def _scan(folder: Path, *, is_lenient: bool = False) -> list[os.DirEntry[str]]:
+    """What is in ``folder``; nothing, if it is not there, or ``is_lenient`` and it is another user's own."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
+        if is_lenient and error.errno == errno.EACCES:
+            return []
         raise StoreError(error.errno, f"cannot list {folder}: {error.strerror}") from error
 
 
@@ -258,7 +288,7 @@ def _refuse_untrusted(root: Path, status: os.stat_result) -> None:
 def _is_abandoned(entry: os.DirEntry[str], process: int) -> bool:
     try:
         is_old = time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_PARTIAL_SECONDS
-    except FileNotFoundError:
+    except OSError:
         return False
     return is_old or not _is_alive(process)
 

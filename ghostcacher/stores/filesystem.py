@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError
-from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, key_of_path, relative_path
+from ghostcacher.stores.base import (
+    WITHOUT_LINKS,
+    Blob,
+    Buffer,
+    StoredEntry,
+    checked_key,
+    key_of_path,
+    relative_path,
+)
 
 _EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
 _NEEDS_MOVE = frozenset({"file", "local"})
@@ -148,12 +156,23 @@ class FilesystemStore:
             if replace:
                 self._fs.mv(partial, path)
             else:
-                self._fs.link(partial, path)
-                self._fs.rm_file(partial)
+                self._link(partial, path)
         except BaseException:
             if self._fs.exists(partial):
                 self._fs.rm_file(partial)
             raise
+
+    def _link(self, partial: str, path: str) -> None:
+        try:
+            self._fs.link(partial, path)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            if self._fs.exists(path):
+                raise FileExistsError(path) from None
+            self._fs.mv(partial, path)
+        else:
+            self._fs.rm_file(partial)
 
     def _call(self, what: str, function: Callable[[], _Result]) -> _Result:
         try:

@@ -56,14 +56,18 @@ class MooncakeAddress:
         Raises:
             ConfigurationError: there is no master, or an option is not known or malformed.
         """
-        parts, options = urlsplit(url), dict(parse_qsl(urlsplit(url).query))
+        try:
+            parts, options = urlsplit(url), dict(parse_qsl(urlsplit(url).query))
+            host, port = parts.hostname, parts.port or _PORT
+        except ValueError:
+            raise ConfigurationError(f"remote={SCHEME}://… is no URL; write {SCHEME}://host:{_PORT}") from None
         unknown = set(options) - _OPTIONS
-        if not parts.hostname or unknown:
+        if not host or unknown:
             why = f"has options {sorted(unknown)}; it takes {sorted(_OPTIONS)}" if unknown else "names no master"
             raise ConfigurationError(f"remote={SCHEME}://… {why}; write mooncake://host:{_PORT}")
         metrics = options.get("metrics")
         return cls(
-            f"{parts.hostname}:{parts.port or _PORT}", f"{parts.hostname}:{metrics}" if metrics else None,
+            f"{host}:{port}", f"{host}:{metrics}" if metrics else None,
             options.get("host"), parse_bytes(options.get("segment", 0)),
             parse_bytes(options.get("buffer", BUFFER_BYTES)), options.get("protocol", "tcp"),
             options.get("devices", ""), options.get("metadata", "P2PHANDSHAKE"),
@@ -201,9 +205,10 @@ class MooncakeStore:
 
     def _joined_once(self) -> Any:
         with self._joining:
-            if self._opened is None:
-                self._opened = self._joined()
-            return self._opened
+            client = self._opened
+            if client is None:
+                client = self._opened = self._joined()
+            return client
 
     def _joined(self) -> Any:
         address, client = self._address, self._make()

@@ -149,12 +149,30 @@ class RedisStore:
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
-        with _as_store_errors(what):
+        with _as_store_errors(what), self._nodes_asked_for():
             pipe = self._client().pipeline(transaction=False)
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
+        if any(isinstance(answer, Exception) for answer in answers):
+            self._ask_for_nodes()
         return answers
+
+    @contextlib.contextmanager
+    def _nodes_asked_for(self) -> Iterator[None]:
+        """If anything fails."""
+        try:
+            yield
+        except Exception:
+            self._ask_for_nodes()
+            raise
+
+    def _ask_for_nodes(self) -> None:
+        """After a failure at a cluster its nodes may have other roles: any of those that were known can say which."""
+        client = self._opened
+        if self._is_cluster and client is not None:
+            with contextlib.suppress(Exception):
+                client.nodes_manager.initialize()
 
     def _all_well(
         self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object]

@@ -11,7 +11,7 @@ from ghostcacher.stores.base import Blob, Buffer, Store, StoredEntry, checked_ke
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.envelope import HEAD_AT, OVERHEAD_BYTES, TAG_BYTES, Sealing, body_at
 
-_WHOLE_BYTES = 2**31
+_WHOLE_BYTES = 2**30 + OVERHEAD_BYTES
 _HEAD_LIMIT_BYTES = 2**21
 _NAMESPACE_CHARS = 64
 _LABELS_AT_ONCE = 1000
@@ -40,8 +40,13 @@ class SealedStore:
         """See `Store.get_many`. What was not sealed with a key of the ring maps to StoreForgedError."""
         found: dict[str, Buffer | StoreError] = {}
         for sealing in self._ring:
-            names = {sealing.name(key): key for key in keys if key not in found}
-            found.update(self._opened(sealing, names, limit_bytes, timeout_seconds))
+            wanted = [key for key in keys if isinstance(found.get(key, StoreError()), StoreError)]
+            names = {sealing.name(key): key for key in wanted}
+            opened = self._opened(sealing, names, limit_bytes, timeout_seconds)
+            # What opens with any key counts, whatever lies under the names of others.
+            found |= {
+                key: value for key, value in opened.items() if key not in found or not isinstance(value, StoreError)
+            }
         return found
 
     def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
@@ -55,6 +60,9 @@ class SealedStore:
         sealed = {name: _sealed(sealing, key, items[key]) for name, key in names.items()}
         stood = self._store.put_many(sealed, timeout_seconds=timeout_seconds, replace=replace)
         self._keys.update(names)
+        old = [other.name(key) for other in self._ring[1:] for name, key in names.items() if name not in stood]
+        if old:
+            self._store.delete_many(old, timeout_seconds=timeout_seconds)
         return frozenset(names[name] for name in stood)
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
@@ -67,6 +75,8 @@ class SealedStore:
         """See `Store.delete_many`."""
         names = [sealing.name(key) for sealing in self._ring for key in keys]
         self._store.delete_many(names, timeout_seconds=timeout_seconds)
+        for name in names:
+            self._keys.pop(name, None)
 
     def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
         """See `Store.list_keys`: what opens with a key of the ring; the sizes are of what was sealed."""
@@ -81,7 +91,11 @@ class SealedStore:
         close(self._store)
 
     def translated(self, entries: Sequence[StoredEntry], *, timeout_seconds: float) -> Iterator[StoredEntry]:
-        """``entries`` of the wrapped store under their true keys; those that do not open are left out."""
+        """``entries`` of the wrapped store under their true keys; those that do not open are left out.
+
+        Raises:
+            StoreError: what an entry is could not be read.
+        """
         unknown = [entry.key for entry in entries if entry.key not in self._keys]
         for begin in range(0, len(unknown), _LABELS_AT_ONCE):
             names = unknown[begin : begin + _LABELS_AT_ONCE]
@@ -112,7 +126,7 @@ class SealedStore:
 
     def _key_of(self, name: str, envelope: Buffer | StoreError) -> str | None:
         if isinstance(envelope, StoreError):
-            return None
+            raise envelope
         for sealing in self._ring:
             if sealing.owns(envelope):
                 try:
@@ -129,7 +143,10 @@ class SealedStore:
         whole = limit_bytes + OVERHEAD_BYTES
         read = dict(self._store.get_many(list(names), limit_bytes=whole, timeout_seconds=timeout_seconds))
         cut = {name for name, value in read.items() if not isinstance(value, StoreError) and len(value) >= whole}
-        for needed_bytes, again in _too_short(read, cut, whole).items():
+        # How much more to read stands in the value: nobody's word is taken for it before its label has opened.
+        forged = {name for name in cut if not _is_of(sealing, names[name], read[name])}
+        read |= dict.fromkeys(forged, StoreForgedError("a sealed value does not open"))
+        for needed_bytes, again in _too_short(read, cut - forged, whole).items():
             more = self._store.get_many(again, limit_bytes=needed_bytes, timeout_seconds=timeout_seconds)
             read |= more
             cut -= {name for name, value in more.items() if isinstance(value, StoreError) or len(value) < needed_bytes}
@@ -146,6 +163,7 @@ class SealedDirectory:
     def __init__(self, store: DirectoryStore, ring: Sequence[Sealing]) -> None:
         self.name = store.name
         self.root = store.root
+        self.lock_mode = store.lock_mode
         self._directory = store
         self._sealed = SealedStore(store, ring)
         self.get_many = self._sealed.get_many
@@ -185,6 +203,13 @@ class SealedDirectory:
 def _sealed(sealing: Sealing, key: str, blob: Blob) -> Blob:
     head, body = (blob[0], blob[1:]) if len(blob) > 1 else (b"", blob)
     return sealing.seal(checked_key(key), head, b"".join(body) if len(body) != 1 else body[0])
+
+
+def _is_of(sealing: Sealing, key: str, envelope: Buffer | StoreError) -> bool:
+    try:
+        return not isinstance(envelope, StoreError) and sealing.label(envelope) == key
+    except StoreForgedError:
+        return False
 
 
 def _too_short(

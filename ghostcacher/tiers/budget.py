@@ -48,11 +48,13 @@ class Budget:
         if key.is_snapshot and not self._has_share(key, size_bytes):
             yield "snapshot larger than its share"
             return
+        if self.size_bytes is not None:
+            self._refresh()
+        if not self._is_within_quota(key, size_bytes):
+            yield "namespace over its quota"
+            return
         with self._swept(key, size_bytes) as has_room:
-            if not self._is_within_quota(key, size_bytes):
-                yield "namespace over its quota"
-            else:
-                yield "" if has_room else "no room in the tier"
+            yield "" if has_room else "no room in the tier"
 
     def _has_share(self, key: BlockKey, size_bytes: int) -> bool:
         """Evict snapshots of the namespace until this one fits its share; False if it never does."""
@@ -65,8 +67,8 @@ class Budget:
 
     def _is_within_quota(self, key: BlockKey, size_bytes: int) -> bool:
         """Evict leaves of the namespace until this block fits its quota; False if it does not."""
-        if self._quota_bytes is None:
-            return True
+        if self._quota_bytes is None or size_bytes > self._quota_bytes:
+            return self._quota_bytes is None
         needed_bytes = self._index.namespace_bytes(key.namespace) + size_bytes - self._quota_bytes
         if needed_bytes > 0 and self._index.may_displace(key):
             with self._index.pinned([key.parent]):
@@ -78,9 +80,8 @@ class Budget:
         if self.size_bytes is None:
             yield True
             return
-        self._refresh()
-        if self._index.size_bytes + size_bytes <= self.size_bytes:
-            yield True
+        if self._index.size_bytes + size_bytes <= self.size_bytes or size_bytes > self.size_bytes:
+            yield size_bytes <= self.size_bytes
             return
         with self._sweep_lock, self._index.pinned([key.parent]):
             if self._index.may_displace(key):

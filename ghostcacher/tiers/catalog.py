@@ -56,6 +56,7 @@ class ListingCatalog:
         self._reject = reject
         self._seen: dict[str, int] = {}
         self._known: dict[str, set[str]] = {}
+        self._foreign: set[str] = set()
 
     def refresh(
         self, chain: PrefixChain, index: PrefixIndex, *, snapshots: bool = False, timeout_seconds: float = math.inf
@@ -75,7 +76,7 @@ class ListingCatalog:
         for bucket in buckets:
             try:
                 changed_ns = os.stat(bucket.path).st_mtime_ns  # noqa: PTH116
-            except FileNotFoundError:
+            except OSError:
                 changed_ns = 0
             if self._seen.get(bucket.path) == changed_ns:
                 continue
@@ -89,8 +90,9 @@ class ListingCatalog:
         found = {entry.key: entry for entry in entries if not holds_no_block(entry.key)}
         known = self._known.get(bucket, set())
         self._drop(known - found.keys(), index)
+        self._foreign -= known - found.keys()
         for key, entry in found.items():
-            if bytes.fromhex(key[-64:]) not in index:
+            if key not in self._foreign and bytes.fromhex(key[-64:]) not in index:
                 self._read_head(entry, index)
         self._known[bucket] = set(found)
 
@@ -100,7 +102,10 @@ class ListingCatalog:
             if header is None:
                 return
         except BlockError as error:
-            self._reject(entry.key, error.reason)
+            if error.reason == "sealed":
+                self._foreign.add(entry.key)
+            else:
+                self._reject(entry.key, error.reason)
             return
         if header.key.store_key != entry.key:
             self._reject(entry.key, "key_echo")
@@ -175,8 +180,8 @@ def heads_of(store: Store, keys: list[str], timeout_seconds: float) -> Iterator[
                 raise value
             try:
                 yield BlockHeader.parse(value), value
-            except BlockError:
-                if len(value) < limit_bytes or limit_bytes > HEAD_BYTES:
+            except BlockError as error:
+                if error.reason == "sealed" or len(value) < limit_bytes or limit_bytes > HEAD_BYTES:
                     raise
                 again.append(key)
         keys = again

@@ -32,10 +32,9 @@ from ghostcacher.tiers.base import (
 from ghostcacher.tiers.budget import Budget
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
-from ghostcacher.tiers.creating import Created, create
+from ghostcacher.tiers.creating import KEPT, Created, create
 
 BATCH_BLOCKS = 2
-_KEEP = frozenset({"version", "lossy", "codec", "memory", "sealed"})
 
 
 class _PerThread(threading.local):
@@ -141,10 +140,12 @@ class EncodedTier:
             else:
                 held = self.index.get(key.digest) is not None
                 created = create(self.store, coded, blob, replace=held, timeout_seconds=self.timeout_seconds)
+                if created is None:
+                    self._observe(CacheEvent("dropped", "another version's block stands", self.name, key.length))
         if created is not None:
             header = created.header
             kl = header.certificate.replayed if header.certificate else None
-            self.remove(self.index.add(key, size_bytes, lossy=header.lossy, kl=kl))
+            self.remove(self.index.add(key, created.size_bytes, lossy=header.lossy, kl=kl))
             self._note(created, key.length, size_bytes)
         return created is not None
 
@@ -178,7 +179,7 @@ class EncodedTier:
         self._counts.add("rejected")
         self._observe(CacheEvent("rejected", reason, self.name))
         self.index.remove(bytes.fromhex(store_key[-64:]))
-        if reason not in _KEEP and not self._is_read_only:
+        if reason not in KEPT and not self._is_read_only:
             with self._errors_counted("delete"):
                 self.store.delete_many([store_key], timeout_seconds=self.timeout_seconds)
 

@@ -60,13 +60,15 @@ class Flights:
         with self._lock:
             if key.digest in self._held:
                 return self._owner
+            self._held[key.digest] = key  # also if the answer is late: what may stand is given up with the rest
         name = _name(key)
         stood = self._store.put_many({name: [self._owner]}, timeout_seconds=self._timeout_seconds, replace=False)
-        if not stood:
-            with self._lock:
-                self._held[key.digest] = key
+        owner = self._owner_of(name) if stood else self._owner
+        if owner == self._owner:
             return None
-        return self._owner_of(name)
+        with self._lock:
+            self._held.pop(key.digest, None)
+        return owner
 
     def _await(self, key: BlockKey, owner: bytes) -> None:
         name, deadline, pause_seconds = _name(key), time.monotonic() + self._wait_seconds, FIRST_PAUSE_SECONDS
@@ -75,8 +77,9 @@ class Flights:
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
             if self._owner_of(name) != owner:
                 return
-        if owner != self._owner:
-            self._store.delete_many([name], timeout_seconds=self._timeout_seconds)
+        self._store.delete_many([name], timeout_seconds=self._timeout_seconds)
+        with self._lock:
+            self._held.pop(key.digest, None)
 
     def _owner_of(self, name: str) -> bytes:
         found = self._store.get_many([name], limit_bytes=OWNER_BYTES, timeout_seconds=self._timeout_seconds).get(name)

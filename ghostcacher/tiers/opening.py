@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from filelock import FileLock
 
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
+from ghostcacher.errors import StoreError
 from ghostcacher.events import CacheEvent, LogObserver, Observer, logger, tell
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.keyring import Secret
@@ -116,7 +118,7 @@ def open_store(
     directory_store = None if config.disk_bytes is None else _directory_store(config, ring)
     remote_store = None if config.remote is None else _remote_store(config.remote, config, ring)
     stores = [store for store in (directory_store, remote_store) if store is not None]
-    shelf = Shelf(stores, config.remote_timeout_seconds)
+    shelf = Shelf(stores, config.remote_timeout_seconds, is_read_only=config.role == "reader")
     codecs = (config.memory_codec, config.disk_codec, config.remote_codec)
     chains = {text: CodecChain(codec_named(text, shelf.find), shelf.find) for text in codecs}
     tiers: list[Tier] = [*_near_tiers(config, chains[config.memory_codec], observe, readers)]
@@ -153,8 +155,24 @@ def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, reade
 
 
 def _directory_store(config: StoreConfig, ring: Sequence[Sealing]) -> DirectoryStore | SealedDirectory:
-    store = DirectoryStore(config.directory, is_sealed=bool(ring))
+    store = DirectoryStore(config.directory, is_sealed=bool(ring), is_read_only=config.role == "reader")
     return SealedDirectory(store, ring) if ring else store
+
+
+class _SweepLock:
+    """The lock of a directory's eviction sweep. One that cannot be had is the store's failure."""
+
+    def __init__(self, root: Path, mode: int) -> None:
+        self._lock = FileLock(root / ".sweep.lock", mode=mode)
+
+    def __enter__(self) -> None:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise StoreError(error.errno, f"cannot lock the directory for a sweep: {error.strerror}") from error
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _flights(config: StoreConfig, stores: Sequence[Store]) -> Flights | None:
@@ -170,7 +188,7 @@ def _disk_tier(
     tier = EncodedTier(
         "disk", store, chain, LeastRecentlyUsed(), observe, is_local=True, timeout_seconds=DISK_TIMEOUT_SECONDS,
         budget_bytes=config.disk_bytes, strict=config.strict, spread=readers, touch_store=store.touch_many,
-        sweep_lock=FileLock(store.root / ".sweep.lock", mode=0o600), is_read_only=config.role == "reader",
+        sweep_lock=_SweepLock(store.root, store.lock_mode), is_read_only=config.role == "reader",
         quota_bytes=config.quota_bytes,
     )  # fmt: skip
     tier.catalog = ListingCatalog(store, tier.reject)

@@ -30,9 +30,10 @@ _Found = TypeVar("_Found")
 class Shelf:
     """See `TablesSource`, over ``stores``, nearest first. What was found is kept, what was not is asked for again."""
 
-    def __init__(self, stores: Sequence[Store], timeout_seconds: float) -> None:
+    def __init__(self, stores: Sequence[Store], timeout_seconds: float, *, is_read_only: bool = False) -> None:
         self._stores = tuple(stores)
         self._timeout_seconds = timeout_seconds
+        self._is_read_only = is_read_only
         self._tables: dict[str, Tables] = {}
         self._names: dict[str, str] = {}
         self._spread: set[str] = set()
@@ -79,7 +80,12 @@ class Shelf:
 
     def spread(self, digest: object) -> None:
         """Keep the tables named ``digest``, if that is a name, in every store that will take them."""
-        if not is_digest(digest) or digest in self._spread or (found := self.named(str(digest))) is None:
+        if (
+            self._is_read_only
+            or not is_digest(digest)
+            or digest in self._spread
+            or (found := self.named(str(digest))) is None
+        ):
             return
         key = f"{TABLES.hex}/{found.digest}"
         try:

@@ -11,6 +11,7 @@ from typing import Self
 
 from ghostcacher.blocks import KVBlock, KVLayout
 from ghostcacher.config import StoreConfig
+from ghostcacher.errors import ConfigurationError
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer, tell
 from ghostcacher.gate import RETRY_SECONDS, Leg
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
@@ -193,15 +194,22 @@ class TierStack:
         Waits for the writer first. Whole blocks are deleted. How many blocks and snapshots were.
 
         Raises:
+            ConfigurationError: the store was opened as a reader.
             StoreError: a store did not answer, or an entry still stands; try again.
         """
+        self._refuse_readers()
         self.flush()
         return forget(self.tiers, chain, keep_tokens)
 
     def purge(self, namespace: bytes) -> int:
         """Delete everything of a namespace, by its digest. How many blocks and snapshots were. Raises as `forget`."""
+        self._refuse_readers()
         self.flush()
         return purge(self.tiers, namespace)
+
+    def _refuse_readers(self) -> None:
+        if self.config.role == "reader":
+            raise ConfigurationError("role='reader' deletes nothing; open the store as a writer")
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything submitted so far is stored; False if ``timeout_seconds`` ran out first."""

@@ -93,7 +93,7 @@ DEFECTS = (
            "return key", "tests/unit/test_envelope.py -k f05"),
     Defect("leave names as they are", "stores/envelope.py", 'return f"{self.namespace(namespace)}/{hidden.hex()}"',
            "return key", "tests/unit/test_envelope.py -k say_nothing"),
-    Defect("delete what others sealed", "tiers/encoded.py", ', "memory", "sealed"})', ', "memory"})',
+    Defect("delete what others sealed", "tiers/creating.py", ', "memory", "sealed"})', ', "memory"})',
            "tests/parity/test_trust.py -k share_a_directory"),
     Defect("leave a forged value where it is", "tiers/encoded.py", '                    self.reject(key.store_key, "auth")\n',
            "", "tests/parity/test_trust.py -k f71"),

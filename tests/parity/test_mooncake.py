@@ -71,7 +71,13 @@ def test_addresses():
     parsed = MooncakeAddress.parse("mooncake://here?segment=1GiB&metrics=9003&protocol=rdma&devices=mlx5_0")
     assert (parsed.master, parsed.metrics, parsed.segment_bytes) == ("here:50051", "here:9003", 2**30)
     assert (parsed.protocol, parsed.devices) == ("rdma", "mlx5_0")
-    for url in ("mooncake://", "mooncake://host?secret=canary", "mooncake://host?segment=much"):
+    for url in (
+        "mooncake://",
+        "mooncake://host?secret=canary",
+        "mooncake://host?segment=much",
+        "mooncake://host:99999",
+        "mooncake://[h",
+    ):
         with pytest.raises(ConfigurationError) as caught:
             MooncakeAddress.parse(url)
         assert "canary" not in str(caught.value)

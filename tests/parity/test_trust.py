@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import tracemalloc
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import ghostcacher
 from ghostcacher import GhostCache
 from ghostcacher.codecs.header import BlockHeader
-from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.errors import BlockError, ConfigurationError, StoreForgedError
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.envelope import Sealing
 from ghostcacher.stores.sealed import SealedDirectory
@@ -64,7 +65,7 @@ def test_sealed_and_plain_entries_share_a_directory_and_neither_deletes_the_othe
     model = models("llama")
     stored(tmp_path, generate, model)
     sealed = set(files(tmp_path))
-    with opened(tmp_path / "d", key=None, disk="64KiB") as store:
+    with opened(tmp_path / "d", key=None, disk="256KiB") as store:
         for seed in range(5):
             generate(model, random_prompt(200, seed=seed + 50), GhostCache(model, store), new=1)
             store.flush()
@@ -206,3 +207,51 @@ def test_f63_a_store_with_a_key_is_not_pickled(tmp_path):
 def _keys(store, prompt, model):
     ghostcacher.lookup(model, prompt[0].tolist(), store)
     return list(store.tiers[0].entries())
+
+
+def test_what_others_sealed_is_read_once_and_counted_by_nobody(tmp_path, models, generate):
+    model = models("llama")
+    stored(tmp_path, generate, model)
+    with opened(tmp_path / "d", key=None, disk="1MiB") as store:
+        reads, get_many = [], store.tiers[0].store.get_many
+        store.tiers[0].store.get_many = lambda keys, **given: reads.extend(keys) or get_many(keys, **given)
+        for seed in range(4):
+            generate(model, random_prompt(70, seed=seed + 50), GhostCache(model, store), new=1)
+            store.flush()
+        sealed = {file.stem for file in files(tmp_path)} - {key.digest.hex() for key in store.tiers[0].entries()}
+        assert len(sealed) == 4
+        assert sorted(key[-64:] for key in reads if key[-64:] in sealed) == sorted(sealed)
+        assert store.stats().tiers[0].rejected == 0
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 8192, 2**20])
+def test_a_stretched_value_without_a_head_costs_little(limit_bytes, tmp_path):
+    """A genuine label before a sparse file of 4 GiB whose size of the head was zeroed."""
+    key, sealing = f"{1:064x}/{2:064x}", Sealing.of(KEY)
+    directory = DirectoryStore(tmp_path / "d", is_sealed=True)
+    store = SealedDirectory(directory, [sealing])
+    store.put_many({key: [b"head", b"body" * 100]}, timeout_seconds=1.0)
+    (file,) = files(tmp_path)
+    with file.open("r+b") as changed:
+        changed.seek(56)
+        changed.write(bytes(4))
+        changed.truncate(2**32)
+    tracemalloc.start()
+    found = store.get_many([key], limit_bytes=limit_bytes, timeout_seconds=1.0)
+    assert isinstance(found[key], StoreForgedError)
+    assert tracemalloc.get_traced_memory()[1] < 2 * limit_bytes + 2**20
+    tracemalloc.stop()
+
+
+def test_a_reader_deletes_nothing_and_says_so(tmp_path, models, generate):
+    model = models("llama")
+    stored(tmp_path, generate, model)
+    partial = next((tmp_path / "d").rglob("*.safetensors")).with_name(".999999999-0123456789abcdef.partial")
+    partial.touch()
+    with opened(tmp_path / "d", role="reader") as reader:
+        with pytest.raises(ConfigurationError, match="reader"):
+            ghostcacher.forget(model, PROMPT[0].tolist(), reader)
+        with pytest.raises(ConfigurationError, match="reader"):
+            reader.purge(bytes(32))
+    assert partial.exists()
+    assert len(files(tmp_path)) == 4

@@ -155,11 +155,16 @@ def test_a_sealed_store_is_looked_after_with_its_key(tmp_path):
     assert files(root) == []
 
 
-def test_a_sealed_store_is_pruned_without_its_key(tmp_path):
-    root = tmp_path / "blocks"
-    with ghostcacher.open_store(root, memory=None, block_tokens=16, key=b"k" * 32) as store:
+def test_without_its_key_nothing_of_a_sealed_store_is_pruned(tmp_path):
+    root, key = tmp_path / "blocks", tmp_path / "key"
+    run("new-key", key)
+    with ghostcacher.open_store(root, memory=None, block_tokens=16, key=key) as store:
         for block in blocks_of(chain_of(40)):
             store.offer(block, model="tiny")
-    os.utime(files(root)[0], (time.time() - 900_000,) * 2)
-    assert run_json("prune", "-d", root, "--older-than", "7d")["blocks"] == 1
-    assert len(files(root)) == 2
+    for file in files(root):
+        os.utime(file, (time.time() - 900_000,) * 2)
+    left = run_json("prune", "-d", root, "--older-than", "7d")
+    assert (left["blocks"], left["sealed"], len(files(root))) == (0, 3, 3)
+    assert "--key-file" in run("prune", "-d", root, "--to", "1").stdout
+    assert run_json("prune", "-d", root, "--older-than", "7d", "--key-file", key)["blocks"] == 3
+    assert files(root) == []

@@ -95,6 +95,13 @@ def test_partials_of_dead_processes_are_swept_at_the_next_open(store):
     assert len(list(store.list_keys(timeout_seconds=10.0))) == 1
 
 
+def test_names_that_are_no_process_do_not_keep_anyone_from_opening(store):
+    bucket = put(store).parent
+    for number in ("99999999999999999999", "999999999"):
+        (bucket / f".{number}-0123456789abcdef.partial").touch()
+    DirectoryStore(store.root)
+
+
 def test_a_failed_write_leaves_nothing_behind(store, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")

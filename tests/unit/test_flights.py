@@ -8,7 +8,7 @@ import time
 import pytest
 
 import ghostcacher
-from ghostcacher.errors import ConfigurationError
+from ghostcacher.errors import ConfigurationError, StoreTimeoutError
 from ghostcacher.keys import FLIGHTS
 from ghostcacher.stores.memory import MemoryStore
 from ghostcacher.testing.faulty import FaultyStore
@@ -73,6 +73,23 @@ def test_threads_of_one_process_wait_for_each_other():
     own = flights(store, 0.2)
     assert not own.wait(CHAIN, 0)
     assert own.wait(CHAIN, 0)
+    assert claims(store) == []  # nobody waits twice for one that takes too long
+    own.land(CHAIN)
+    assert not own.wait(CHAIN, 0)
+
+
+def test_a_claim_whose_answer_was_lost_is_given_up_with_the_rest():
+    store = MemoryStore()
+
+    class Late(MemoryStore):
+        def put_many(self, items, *, timeout_seconds, replace=True):
+            store.put_many(items, timeout_seconds=timeout_seconds, replace=replace)
+            raise StoreTimeoutError("late")
+
+    late = Late()
+    late._values = store._values
+    own = flights(late, 0.1)
+    assert not own.wait(CHAIN, 0)
     assert len(claims(store)) == 1
     own.land(CHAIN)
     assert claims(store) == []

@@ -43,6 +43,9 @@ def test_the_environment_counts_where_nothing_is_given(tmp_path):
         (None, {"GHOSTCACHER_KEY": "canary"}),
         (None, {"GHOSTCACHER_KEY": "ca" * 31}),
         (None, {"GHOSTCACHER_KEY_FILE": "/nowhere/at/all"}),
+        ("ca" * 32, {}),
+        (None, {"GHOSTCACHER_KEY_FILE": "ca" * 20}),
+        ("nul\0", {}),
         (None, {"GHOSTCACHER_KEY_FILE": "/nowhere", "GHOSTCACHER_KEY": "ca" * 32}),
     ],
 )
