@@ -163,14 +163,16 @@ class GhostCache(DynamicCache):
 
     def _is_in_forward(self) -> bool:
         """Whether a forward is running. One that was interrupted (Ctrl-C) ended without telling anyone."""
-        if self.in_forward and not _is_running(self._module()):
+        is_asked_inside = self.in_forward != 0
+        if not is_asked_inside or torch.compiler.is_compiling() or self.in_forward != threading.get_ident():
+            return is_asked_inside  # another thread cannot tell, and ends nothing
+        if not _is_running(self._module()):
             self.in_forward = 0
             self._forget_rows()
-        return self.in_forward > 0
+        return self.in_forward != 0
 
     def _forget_rows(self) -> None:
         if self._session is not None:
-            self._session.expected = None
             self._session.forget()
 
 

@@ -65,11 +65,14 @@ class ModelHooks:
         An error of ours is the call's only in a strict store, or where it cannot be told what its cache holds.
         """
         path: Path | None = None
+        votes: Votes | None = None
         try:
-            path, session = self._path(module, args, kwargs)
+            call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
+            votes = self._votes(call)
+            path, session = self._path(module, call, votes)
             if path is None:
                 return None
-            columns = path.walk(session) if path.votes is None else walk_together(path, session, path.votes)
+            columns = path.walk(session) if votes is None else walk_together(path, session, votes)
             return ((), path.call.without_first(columns)) if columns else None
         except Exception as error:
             if path is not None:
@@ -77,6 +80,9 @@ class ModelHooks:
             elif any(past_of(value) for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
                 raise
             return None
+        finally:
+            if votes is not None and not votes.is_closed:
+                votes.close(0)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Learn what the forward left in the cache, and hand it to the store; an error of ours is nobody's but ours."""
@@ -89,24 +95,24 @@ class ModelHooks:
             for store in stores:
                 store.observe(CacheEvent("error", f"internal error ({type(error).__name__})"))
 
-    def _path(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Path | None, Session | None]:
-        call = self.adapter.reader.read(args, kwargs) if module is self._module() else None
+    def _votes(self, call: Call | None) -> Votes | None:
+        """Steps of one token are the same on every rank; for a prompt the ranks must agree what is not computed."""
+        if call is None or self.adapter.ranks is None or call.width == 1 or isinstance(call.cache, QuietCache):
+            return None
+        return Votes(self.adapter.ranks) if self.doors or _is_own(call.cache) else None
+
+    def _path(self, module: nn.Module, call: Call | None, votes: Votes | None) -> tuple[Path | None, Session | None]:
         door = self._door(call) if call else None
         if call is None or door is None:
             return None, None
         session = door.session_of(call.cache, None)
         if session is not None and session.is_running_pieces:
             return None, None
+        if session is not None and session.expected is not None:  # the last forward was interrupted: it ended nowhere
+            session.forget()
         own: OwnDoor | None = call.cache if _is_own(call.cache) else None
         if own is not None:
-            if own.in_forward and session is not None:  # the last one was interrupted, and ended nowhere
-                session.expected = None
-                session.forget()
-            own.in_forward = 1
-        # Steps of one token are the same on every rank; for a prompt the ranks must agree what is not computed.
-        votes = Votes(self.adapter.ranks) if self.adapter.ranks and call.width > 1 else None
+            own.in_forward = threading.get_ident()
         return Path(self.adapter, module, door, own, call, votes), session
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_output: bool) -> None:
@@ -133,7 +139,6 @@ class ModelHooks:
             for door in doors:
                 session = door.session_of(cache, None)
                 if session is not None:
-                    session.expected = None
                     session.forget()
             if _is_own(cache):
                 cache.in_forward, cache.was_asked = 0, False

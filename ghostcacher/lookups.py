@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,15 @@ from ghostcacher.keys import PrefixChain
 from ghostcacher.tiers.opening import default_store
 from ghostcacher.tiers.stack import TierStack
 
+NEAR = frozenset({"device", "memory"})
+"""Tiers whose content is at hand, or nearly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """``tokens`` of ``prompt_tokens`` are known, down from ``tier`` (several: ``"memory+disk"``).
 
+    ``near_tokens`` of them, from the first on, lie in RAM or on the device.
     ``load_seconds`` is what loading them would take, ``compute_seconds`` what computing the whole prompt would; None
     where nothing was measured yet, of that tier in the last minute, of this model in this process.
     """
@@ -28,6 +33,7 @@ class Lookup:
     tier: str
     load_seconds: float | None
     compute_seconds: float | None
+    near_tokens: int = 0
 
 
 def lookup(model: Any, token_ids: Sequence[int], store: TierStack | None = None) -> Lookup:
@@ -51,9 +57,10 @@ def lookup(model: Any, token_ids: Sequence[int], store: TierStack | None = None)
     seconds = [leg.seconds for leg in legs]
     known = None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
     tokens = max(leg.end_tokens for leg in legs)
+    near = [leg.end_tokens for leg in itertools.takewhile(lambda leg: leg.tier in NEAR, legs)]
     return Lookup(
         len(asked.ids), tokens if asked.limit is None else min(tokens, asked.limit),
-        "+".join(dict.fromkeys(leg.tier for leg in legs)), known, unknown.compute_seconds,
+        "+".join(dict.fromkeys(leg.tier for leg in legs)), known, unknown.compute_seconds, max(near, default=0),
     )  # fmt: skip
 
 

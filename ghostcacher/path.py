@@ -194,8 +194,7 @@ class Path:
         try:
             served = self._fill(session, rows, have=past, base=past)
         except Exception:
-            session.state.cut_to(past, held=session.past)
-            if session.store.config.strict:
+            if session.state.cut_to(past, held=session.past) != past or session.store.config.strict:
                 raise
             served = Served(past, past)
         self._expect(session, rows, is_lossy=served.lossy or session.lossy_from is not None)

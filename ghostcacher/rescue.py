@@ -21,7 +21,6 @@ def abandon(path: Path, error: Exception) -> None:
         raise error
     session = path.door.session_of(path.call.cache, None)
     if session is not None:
-        session.expected = None
         if session.state.cut_to(base, held=session.past) != base:
             raise error
         session.forget()
@@ -48,7 +47,9 @@ def walk_together(path: Path, session: Session | None, votes: Votes) -> int:
     found = path.door.session_of(path.call.cache, None)
     if found is not None and columns:
         is_continued = columns + past == found.past
-        found.state.cut_to(past if is_continued else 0, held=found.past)
+        kept = past if is_continued else 0
+        if found.state.cut_to(kept, held=found.past) != kept:
+            raise RuntimeError("ranks disagree, and what was restored on this one cannot be taken back")
         report = CacheReport(path.call.width, 0, "", path.seconds(), 0, "bypass: ranks disagree", path.call.rows)
         path.publish(found, report, replaces=found.report)
     return 0

@@ -70,7 +70,8 @@ def fill(
     ``have``: before fetching and before committing; the least of what all ranks say is what every one does.
     """
     gate = _Gate(store, shape, prefill, width, len(rows))
-    store.wait_for_flight(rows[0].chain)
+    if agree is None:  # ranks that waited for each other's claims would wait for themselves
+        store.wait_for_flight(rows[0].chain)
     began = time.perf_counter()
     served = _attempt(state, rows, have=have, limit=limit, floor=floor, gate=gate, agree=agree)
     if agree is not None:

@@ -83,8 +83,8 @@ class Session:
         return 0 if self.state.is_empty else max(1, self.columns)
 
     def forget(self) -> None:
-        """The columns may hold anything from now on."""
-        self.rows = None
+        """The columns may hold anything from now on, and nothing is expected of them."""
+        self.rows = self.expected = None
         self.noted = []
         self.noted_columns = self.stored_columns = 0
         self.snapshots = {}

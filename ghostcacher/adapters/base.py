@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,7 +26,8 @@ from ghostcacher.adapters.rope import RopeRule, is_frequencies, rope_rule
 from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.adapters.static import static_state
 from ghostcacher.adapters.unserved import UnservedError
-from ghostcacher.adapters.walk import Activations, walk
+from ghostcacher.adapters.walk import Activations, Walk, walk
+from ghostcacher.blocks import KVLayout
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
 from ghostcacher.gate import Line
@@ -78,6 +80,7 @@ class ModelAdapter:
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
+        self._identifying = threading.RLock()
         self._known_weights: tuple[Weights, tuple[Any, ...]] = (Weights("", ""), ())
         self._known_config: dict[str, Any] = {}
         self._known_fields: dict[str, Any] = {}
@@ -123,11 +126,18 @@ class ModelAdapter:
             raise UnservedError(f"peft parts of class {found.unknown}")
         if any(found.activations) and self.has_states:
             raise UnservedError("activated LoRA, and state that is valid at one length only")
-        weights = self.weigh(module, found.tensors, always=mode == "always")
+        with self._identifying:  # a namespace is one with the weights it was made of, whichever thread asks
+            namespace = self._namespace(module, self.shape.layout, found, config, tokens, always=mode == "always")
+        return Identity(namespace, found.activations)
+
+    def _namespace(
+        self, module: Any, layout: KVLayout, found: Walk, config: StoreConfig, tokens: int, *, always: bool
+    ) -> Namespace:
+        weights = self.weigh(module, found.tensors, always=always)
         config_now = vars(text_config(module))
         if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
             self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
-            self._known_fields = identity_fields(module, weights.base, self.shape.layout.digest)
+            self._known_fields = identity_fields(module, weights.base, layout.digest)
             if self.ranks is not None:
                 self._known_fields["tensor_parallel"] = self.ranks.identity
             if found.adapters:
@@ -138,7 +148,7 @@ class ModelAdapter:
         if tenant not in self._known_namespaces:
             fields = {**self._known_fields, "block_tokens": config.block_tokens, "salt": config.salt, "rope": regime}
             self._known_namespaces[tenant] = Namespace.of(fields)
-        return Identity(self._known_namespaces[tenant], found.activations)
+        return self._known_namespaces[tenant]
 
     def weigh(self, module: Any, tensors: Sequence[torch.Tensor] | None = None, *, always: bool = False) -> Weights:
         """The digests of the weights as they are now, noted in the layout for codecs that know the model by them."""

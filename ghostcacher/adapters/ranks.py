@@ -56,6 +56,7 @@ class Votes:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._cast = 0
+        self.is_closed = False
 
     def least(self, columns: int) -> int:
         """The least of what the ranks say at this vote, at most ``columns``."""
@@ -64,6 +65,7 @@ class Votes:
 
     def close(self, columns: int) -> bool:
         """Cast what is left, for nothing; whether all ranks ended with the same ``columns``."""
+        self.is_closed = True
         while self._cast < VOTES:
             self.least(0)
         least, negated = self._ranks.least(columns, -columns)

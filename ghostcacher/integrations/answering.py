@@ -66,7 +66,7 @@ class CachedModel:
         with self._lock:
             recent, service_seconds = list(self._recent.items()), self._service_seconds
         found = [(prompt, ghostcacher.lookup(self.model, ids, self.store)) for prompt, ids in recent]
-        near = {hashed for prompt, each in found if each.tier in _NEAR for hashed in prefix_hashes(prompt)}
+        near = {hashed for prompt, each in found for hashed in _near_hashes(prompt, each)}
         fetches = [seconds for prompt, each in found if (seconds := _fetch_seconds(prompt, each)) is not None]
         return ReplicaState(frozenset(near), service_seconds, max(fetches, default=0.0))
 
@@ -83,11 +83,15 @@ class CachedModel:
         self._service_seconds = FADING * known + (1 - FADING) * seconds
 
 
-_NEAR = frozenset({"device", "memory", "device+memory"})
+def _near_hashes(prompt: str, found: Lookup) -> list[str]:
+    """Those of the part that is near, as if all tokens had equally many characters."""
+    hashes = prefix_hashes(prompt)
+    return hashes[: len(hashes) * found.near_tokens // max(1, found.prompt_tokens - 1)]
 
 
 def _fetch_seconds(prompt: str, found: Lookup) -> float | None:
     """What a step of 256 characters takes to fetch, as far as a tier that is not near was measured."""
-    if found.tier in _NEAR or not found.tokens or not found.load_seconds or len(prompt) < STEP_CHARACTERS:
+    far_tokens = found.tokens - found.near_tokens
+    if far_tokens <= 0 or not found.load_seconds or len(prompt) < STEP_CHARACTERS:
         return None
-    return found.load_seconds / (found.tokens / found.prompt_tokens * len(prompt) / STEP_CHARACTERS)
+    return found.load_seconds / (far_tokens / found.prompt_tokens * len(prompt) / STEP_CHARACTERS)

@@ -81,10 +81,10 @@ class PrefixRouter(RequestRouter):
         order = ranked(text, *self._known(candidate_replicas))
         return [[candidate_replicas[number]] for number in order]
 
-    def _known(self, replicas: Sequence[RunningReplica]) -> tuple[list[ReplicaState], list[int]]:
+    def _known(self, replicas: Sequence[RunningReplica]) -> tuple[list[ReplicaState], list[int | None]]:
         queues = self.replica_queue_len_cache
         states = [ReplicaState.parse(replica.routing_stats or {}) for replica in replicas]
-        return states, [queues.get(replica.replica_id) or 0 for replica in replicas]
+        return states, [queues.get(replica.replica_id) for replica in replicas]
 
 
 def deployment(

@@ -21,7 +21,7 @@ def prefix_hashes(text: str) -> list[str]:
     """Hashes of the first 256, 512, … characters of ``text``: equal ones mean equal beginnings."""
     state, hashes = xxhash.xxh3_128(), []
     for end in range(STEP_CHARACTERS, len(text) + 1, STEP_CHARACTERS):
-        state.update(text[end - STEP_CHARACTERS : end].encode())
+        state.update(text[end - STEP_CHARACTERS : end].encode("utf-8", "surrogatepass"))
         hashes.append(state.hexdigest())
     return hashes
 
@@ -45,8 +45,8 @@ class ReplicaState:
     def parse(cls, document: Mapping[str, Any]) -> Self:
         """The inverse of `as_dict`; what is missing is not known."""
         return cls(
-            frozenset(map(str, document.get("near", ()))),
-            float(document.get("service_seconds", 0.0)), float(document.get("fetch_seconds", 0.0)),
+            frozenset(map(str, document.get("near") or ())),
+            float(document.get("service_seconds") or 0.0), float(document.get("fetch_seconds") or 0.0),
         )  # fmt: skip
 
     def near_steps(self, hashes: Sequence[str]) -> int:
@@ -54,21 +54,31 @@ class ReplicaState:
         return next((number for number, each in enumerate(hashes) if each not in self.near), len(hashes))
 
 
-def ranked(text: str, states: Sequence[ReplicaState], waiting: Sequence[int]) -> list[int]:
+def ranked(text: str, states: Sequence[ReplicaState], waiting: Sequence[int | None]) -> list[int]:
     """Numbers of the replicas, best first, for a prompt; ``waiting`` are the requests that each has already.
 
-    What no replica has near must be fetched or computed by any of them, and does not count.
+    What no replica has near must be fetched or computed by any of them, and does not count. What is not known of one
+    (None, 0 seconds) is taken to be as it is of the others.
     """
     hashes = prefix_hashes(text)
     near = [state.near_steps(hashes) for state in states]
     most = max(near, default=0)
+    queues = _filled(waiting, 0.0)
+    services = _filled([state.service_seconds or None for state in states], _LEAST_SECONDS)
+    fetches = _filled([state.fetch_seconds or None for state in states], 0.0)
 
     def cost(number: int) -> tuple[float, int]:
-        state = states[number]
-        own_work = (most - near[number]) * state.fetch_seconds
-        return waiting[number] * max(state.service_seconds, _LEAST_SECONDS) + OWN_WORK * own_work, -near[number]
+        own_work = (most - near[number]) * fetches[number]
+        return queues[number] * services[number] + OWN_WORK * own_work, -near[number]
 
     return sorted(range(len(states)), key=cost)
+
+
+def _filled(values: Sequence[float | None], otherwise: float) -> list[float]:
+    """``values`` with the mean of the known ones in place of those that are not, or ``otherwise`` if none is."""
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else otherwise
+    return [mean if value is None else value for value in values]
 
 
 _LEAST_SECONDS = 1e-6

@@ -49,6 +49,7 @@ class RedisStore:
         self._url = f"{scheme.removesuffix(_CLUSTER)}://{rest}"
         self._lock = threading.Lock()
         self._opened: Any = None
+        self._has_moved = False
         retry = importlib.import_module("redis.retry") if _redis() else None
         never = retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0) if retry else None
         self._options: dict[str, Any] = {
@@ -144,35 +145,35 @@ class RedisStore:
                 self._opened = make.from_url(self._url, **self._options)
             return self._opened
 
+    def _current(self) -> Any:
+        """The client; of a cluster where the last call failed, once its nodes have said anew who has what.
+
+        Asked for before a call, not after the failure: a breaker's probe comes when the cluster has changed again.
+        """
+        client = self._client()
+        if self._is_cluster and self._has_moved:
+            client.nodes_manager.initialize()
+        return client
+
     def _pipelined(self, what: str, keys: Sequence[str], add: Callable[[Any, str], object]) -> list[Any]:
         """Answers to one command for each key, exceptions among them."""
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
-        with _as_store_errors(what), self._nodes_asked_for():
-            pipe = self._client().pipeline(transaction=False)
+        with _as_store_errors(what):
+            return self._sent(names, add)
+
+    def _sent(self, names: Sequence[str], add: Callable[[Any, str], object]) -> list[Any]:
+        try:
+            pipe = self._current().pipeline(transaction=False)
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
-        if any(isinstance(answer, Exception) for answer in answers):
-            self._ask_for_nodes()
-        return answers
-
-    @contextlib.contextmanager
-    def _nodes_asked_for(self) -> Iterator[None]:
-        """If anything fails."""
-        try:
-            yield
         except Exception:
-            self._ask_for_nodes()
+            self._has_moved = True
             raise
-
-    def _ask_for_nodes(self) -> None:
-        """After a failure at a cluster its nodes may have other roles: any of those that were known can say which."""
-        client = self._opened
-        if self._is_cluster and client is not None:
-            with contextlib.suppress(Exception):
-                client.nodes_manager.initialize()
+        self._has_moved = any(isinstance(answer, Exception) for answer in answers)
+        return answers
 
     def _all_well(
         self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import DynamicCache
 
 import ghostcacher
 from ghostcacher import GhostCache, attach
+from ghostcacher.adapters import base
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.testing.models import FULL_ATTENTION, random_prompt, tiny_model
 
@@ -310,3 +313,76 @@ def test_stock_caches_of_the_user_are_left_alone(llama, memory_store, generate):
     with attach(llama, memory_store) as attached:
         assert torch.equal(generate(llama, longer, stock), expected)
     assert attached.reports == []
+
+
+def test_an_interrupted_prompt_of_a_users_own_cache_is_never_taken_for_another(llama, memory_store, generate):
+    """Ctrl-C ends a forward without a word; what the cache then holds of a call that is not served is nobody's."""
+    first, second = random_prompt(100, seed=1), random_prompt(100, seed=2)
+    with ghostcacher.attach(llama, memory_store):
+        cache = DynamicCache(config=llama.config)
+        forward = llama.model.forward
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        llama.model.forward = interrupted
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                generate(llama, first, cache, new=2)
+        finally:
+            llama.model.forward = forward
+        with torch.no_grad():
+            llama(second, past_key_values=cache)  # all logits: not served
+        del cache
+    memory_store.flush()
+    again = GhostCache(llama, memory_store)
+    assert torch.equal(generate(llama, first, again), generate(llama, first))
+
+
+def test_a_length_asked_for_by_another_thread_changes_nothing(llama, memory_store, generate):
+    prompt, cache = random_prompt(40, seed=1), GhostCache(llama, memory_store)
+    name = "cache" if "cache" in inspect.signature(llama.forward).parameters else "past_key_values"
+    expected = generate(llama, prompt, new=8)[0, 40:].tolist()
+    ids, answer, forward = prompt, [], llama.model.forward
+
+    def watched(*arguments, **given):
+        watcher = threading.Thread(target=cache.get_seq_length)
+        watcher.start()
+        watcher.join()
+        return forward(*arguments, **given)
+
+    try:
+        for step in range(8):
+            llama.model.forward = watched if step == 5 else forward
+            with torch.no_grad():
+                ids = llama(ids, **{name: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            answer.append(int(ids))
+    finally:
+        llama.model.forward = forward
+    assert answer == expected
+
+
+def test_threads_that_identify_a_model_whose_weights_change_never_mix_them(generate, memory_store, monkeypatch):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05)
+    prompt, results = random_prompt(100, seed=3), []
+    GhostCache(model, memory_store)
+    generate(model, prompt, GhostCache(model, memory_store))
+    memory_store.flush()
+    fields = base.identity_fields
+    monkeypatch.setattr(base, "identity_fields", lambda *a, **k: (time.sleep(0.3), fields(*a, **k))[1])
+    model.load_state_dict(other.state_dict())
+    caches = [GhostCache(model, memory_store) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda cache=cache: results.append(generate(model, prompt, cache))) for cache in caches
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.15)
+    for thread in threads:
+        thread.join()
+    expected = generate(other, prompt)
+    assert all(torch.equal(result, expected) for result in results)
+    assert {cache.report.cached_tokens for cache in caches} <= {0, 99}

@@ -42,6 +42,18 @@ def test_replicas_that_said_nothing_yet_are_taken_by_their_queues():
     assert ranked("", [], []) == []
 
 
+def test_what_is_not_known_of_a_replica_is_taken_to_be_as_of_the_others():
+    busy, new = ReplicaState(frozenset(), 10.0, 1.0), ReplicaState()
+    assert ranked(TEXT, [busy, new], [1, 40]) == [0, 1]
+    assert ranked(TEXT, [busy, new], [4, None]) == [0, 1]
+    assert ranked(TEXT, [busy, new], [4, 3]) == [1, 0]
+
+
+def test_whatever_a_replica_or_a_client_sends_is_taken():
+    assert len(prefix_hashes("\ud83d" * 600)) == 2
+    assert ReplicaState.parse({"near": None, "service_seconds": None}) == ReplicaState()
+
+
 def test_a_hole_ends_what_is_near():
     state = ReplicaState(frozenset([HASHES[0], HASHES[2]]))
     assert state.near_steps(HASHES) == 1
