@@ -11,6 +11,7 @@ import torch
 
 import ghostcacher
 from ghostcacher import GhostCache
+from ghostcacher.adapters.calls import Call
 from ghostcacher.testing.models import random_prompt
 
 ROOT = f"{Path(ghostcacher.__file__).parent}/"
@@ -113,6 +114,33 @@ def test_f52_an_error_at_a_line_of_ours_is_a_cold_run(model_type, models, genera
 def test_f52_an_error_at_every_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path):
     lines, came_through = every(1, generate, models(model_type), tmp_path / "d")
     check(lines, came_through)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "lfm2"])
+@pytest.mark.parametrize("door", ["own", "attach"])
+def test_what_was_restored_is_taken_back_if_the_call_cannot_be_cut(
+    door, model_type, models, generate, tmp_path, monkeypatch
+):
+    model, cut = models(model_type), Call.without_first
+    expected, failed = generate(model, PROMPT, new=3), []
+
+    def failing(self, columns):
+        failed.append(columns)
+        raise InjectedError("after the cache was filled")
+
+    with ghostcacher.open_store(tmp_path / "d", memory=None, block_tokens=16) as store:
+        run(generate, model, store, 0)
+        store.flush()
+        monkeypatch.setattr(Call, "without_first", failing)
+        if door == "own":
+            cache = GhostCache(model, store)
+            assert torch.equal(generate(model, PROMPT, cache, new=3), expected)
+        else:
+            with ghostcacher.attach(model, store):
+                assert torch.equal(generate(model, PROMPT, new=3), expected)
+        assert failed[0] > 90
+        monkeypatch.setattr(Call, "without_first", cut)
+        assert run(generate, model, store, 0)[1].report.cached_tokens > 90
 
 
 def test_a_strict_store_raises_what_goes_wrong(models, generate, tmp_path):
