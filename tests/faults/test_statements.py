@@ -18,7 +18,7 @@ ROOT = f"{Path(ghostcacher.__file__).parent}/"
 LAYERS = ("layers.py", "window.py", "linear.py", "hybrid.py", "compressed.py", "plain.py")
 """The cache's own layers: what fails there fails in the model's forward, and passes through."""
 FIRST = {"__call__", "before", "after", "walk", "walk_together"}
-DECIDING = {"_path", "_goes_on", "past", "past_of"}
+DECIDING = {"_path", "_goes_on", "_votes", "past", "past_of", "read"}
 """Before it is known what the cache holds, an error is the call's if it holds anything: never a wrong token.
 
 ``FIRST`` are errors at a line that only begins: `try`, a call.
