@@ -278,3 +278,86 @@ def test_f37_a_directory_behind_fsspec_is_written_whole(tmp_path):
         found = store.get_many([key(1)], limit_bytes=2**20, timeout_seconds=5.0)
         assert bytes(found[key(1)]) in values
     writer.join()
+
+
+def test_f31_a_directory_that_became_read_only_is_read_on(models, generate, tmp_path):
+    """A real read-only mount, where the machine lets us make one."""
+    model, root = models("llama"), tmp_path / "d"
+    with opened(root) as store:
+        run(generate, model, store)
+    bound = subprocess.run(["mount", "--bind", str(root), str(root)], check=False, capture_output=True)
+    if bound.returncode:
+        pytest.skip("nothing can be mounted here: needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(root)], check=True)
+        with opened(root) as store:
+            out, report = run(generate, model, store)
+            assert report.cached_tokens == 99
+            assert torch.equal(out, generate(model, PROMPT, new=3))
+            other = random_prompt(100, seed=77)
+            assert torch.equal(run(generate, model, store, other)[0], generate(model, other, new=3))
+            assert store.stats().tiers[0].errors > 0
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+def test_f36_an_eviction_that_takes_what_another_process_just_stored_again_is_a_miss(models, generate, tmp_path):
+    """Blocks are what their names say: a newer file of the same name is the same block, and losing it costs a hit."""
+    model = models("llama")
+    with opened(tmp_path / "d") as one, opened(tmp_path / "d") as two:
+        run(generate, model, one)
+        victims = [key for key in one.tiers[0].entries() if key.start == 0]
+        delete = one.tiers[0].store.delete_many
+
+        def stored_again_first(keys, **given):
+            run(generate, model, two)
+            delete(keys, **given)
+
+        one.tiers[0].store.delete_many = stored_again_first
+        one.tiers[0].remove(victims)
+        for _ in range(2):
+            out, report = run(generate, model, two)
+            assert torch.equal(out, generate(model, PROMPT, new=3))
+        assert report.cached_tokens == 99
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_f38_a_clock_that_jumps_makes_nothing_valid_and_nothing_invalid(days, models, generate, tmp_path, monkeypatch):
+    model, now = models("llama"), time.time
+    with opened(tmp_path / "d") as store:
+        run(generate, model, store)
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86_400)
+    for file in (tmp_path / "d").rglob("*.safetensors"):
+        os.utime(file, (now() - days * 86_400,) * 2)
+    with opened(tmp_path / "d", disk="60KiB") as store:
+        assert run(generate, model, store)[1].cached_tokens == 99
+        for seed in range(6):
+            prompt = random_prompt(60, seed=seed)
+            assert torch.equal(run(generate, model, store, prompt)[0], generate(model, prompt, new=3))
+        assert sum(file.stat().st_size for file in (tmp_path / "d").rglob("*.safetensors")) <= 60 * 1024
+        assert store.stats().tiers[0].evicted > 0
+
+
+def test_f64_the_interpreter_ends_whatever_is_still_open(tmp_path):
+    """Stores, caches and attachments that nobody closed, in globals, in cycles and in a thread."""
+    script = (
+        "import sys, threading, time, warnings; warnings.simplefilter('ignore')\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "import ghostcacher; from ghostcacher import GhostCache\n"
+        "from ghostcacher.testing.models import random_prompt, tiny_model\n"
+        "model, ids = tiny_model('llama'), random_prompt(60, seed=1)\n"
+        "store = ghostcacher.open_store(sys.argv[1], block_tokens=16)\n"
+        "cache = GhostCache(model, store); cycle = [cache]; cycle.append(cycle)\n"
+        "attached = ghostcacher.attach(model, store); attached.__enter__()\n"
+        "model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3)\n"
+        "threading.Thread(target=lambda: time.sleep(0.5) or store.stats()).start()\n"
+        "print('done')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "d")], env=environment, capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "done")
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "d").rglob("*.safetensors"))
