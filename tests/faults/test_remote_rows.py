@@ -98,7 +98,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.filterwarnings("ignore")  # clients' own, of connections that were cut off
 @pytest.mark.parametrize("status", [503, 409, 412, 200])
-def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, models, generate, monkeypatch):
+def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, models, generate, monkeypatch, caplog):
     pytest.importorskip("s3fs", reason='S3: pip install "ghostcacher[s3]"')
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Refusing,), {"status": status}))
     server.daemon_threads = True
@@ -119,6 +119,7 @@ def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, model
                 assert cached == 0
             assert time.monotonic() - began < 60
             assert store.stats().tiers[0].errors > 0
+        assert "canary" not in caplog.text
     finally:
         server.shutdown()
         server.server_close()
