@@ -78,9 +78,16 @@ def test_the_processes_of_a_launch_share_what_one_of_them_computed(model, tmp_pa
     assert "from disk" in next(line for line in lines if line.startswith("process 1"))
 
 
-def test_the_demo_prints_its_document_and_nothing_else(tmp_path):
+def test_the_demo_prints_its_document_and_nothing_else(model, tmp_path):
     out = run(
-        "-c", "from ghostcacher.cli import main; main()", "demo", "--directory", tmp_path / "blocks", "--format", "json"
+        "-c",
+        "from ghostcacher.cli import main; main()",
+        "demo",
+        *model,
+        "--directory",
+        tmp_path / "blocks",
+        "--format",
+        "json",
     )
     runs = json.loads(out)["runs"]
     assert [each["name"] for each in runs] == ["cold", "cold", "warm", "warm"]

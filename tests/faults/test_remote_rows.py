@@ -105,7 +105,7 @@ def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, model
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "canary", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "GHOSTCACHER_REMOTE_TIMEOUT_SECONDS": "1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "GHOSTCACHER_REMOTE_TIMEOUT_SECONDS": "0.5",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     model = models("llama")

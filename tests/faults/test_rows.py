@@ -66,14 +66,22 @@ def test_f32_a_directory_that_is_deleted_under_us_is_made_again(models, generate
         assert run(generate, model, store)[1].cached_tokens == 99
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises, also where this was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what was just being opened
-def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(models, generate, tmp_path):
+def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(ctrl_c, models, generate, tmp_path):
     model, rng = models("llama"), random.Random(5)
     expected = generate(model, PROMPT, new=20)
     interrupted = 0
     with opened(tmp_path / "d") as store:
         cache = GhostCache(model, store)
-        for _ in range(60):
+        for _ in range(30):
             timer = threading.Timer(rng.uniform(0.001, 0.1), signal.raise_signal, [signal.SIGINT])
             try:
                 timer.start()
@@ -85,7 +93,7 @@ def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(models, generate, tmp_path
             timer.join()
             assert torch.equal(generate(model, PROMPT, cache, new=20), expected)
         store.flush()
-    assert interrupted > 10
+    assert interrupted > 5
     with opened(tmp_path / "d") as store:
         out, report = run(generate, model, store, new=20)
         assert torch.equal(out, expected)
@@ -208,7 +216,7 @@ def test_f70_a_file_that_changes_while_it_is_read_is_never_half_taken(tmp_path):
     from ghostcacher.errors import BlockError
     from ghostcacher.testing.tier import LAYOUT, blocks_of, chain_of
 
-    block, store, seconds = blocks_of(chain_of(16))[0], DirectoryStore(tmp_path / "d"), 3.0
+    block, store, seconds = blocks_of(chain_of(16))[0], DirectoryStore(tmp_path / "d"), 1.5
     blob = b"".join(bytes(part) for part in CodecChain(RawCodec()).encode(block))
     store.put_many({block.key.store_key: [blob]}, timeout_seconds=1.0)
     (path,) = (tmp_path / "d").rglob("*.safetensors")
