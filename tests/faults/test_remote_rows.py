@@ -99,7 +99,8 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 @pytest.mark.filterwarnings("ignore")  # clients' own, of connections that were cut off
 @pytest.mark.parametrize("status", [503, 409, 412, 200])
 def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, models, generate, monkeypatch, caplog):
-    pytest.importorskip("s3fs", reason='S3: pip install "ghostcacher[s3]"')
+    s3fs = pytest.importorskip("s3fs", reason='S3: pip install "ghostcacher[s3]"')
+    s3fs.S3FileSystem.clear_instance_cache()  # one client for each environment
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Refusing,), {"status": status}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -123,3 +124,4 @@ def test_f51_an_s3_that_refuses_slows_down_or_gives_half_is_a_miss(status, model
     finally:
         server.shutdown()
         server.server_close()
+        s3fs.S3FileSystem.clear_instance_cache()
