@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sections import replace_section
 
 import ghostcacher
 from ghostcacher.adapters.guard import ReplayCache, logits_after
@@ -37,7 +38,6 @@ from ghostcacher.tiers.stack import TierStack
 CODECS = ("raw", "raw.z", "int8", "int4", "ec(0.25)", "ec(0.5)", "kvt(0.25)", "kvt(0.5)")
 BLOCK_TOKENS = 128
 ROUNDS = 7
-BEGIN, END = "<!-- restore: begin -->\n", "<!-- restore: end -->\n"
 
 
 def restore_seconds(store: TierStack, module: torch.nn.Module, shape: Shape, chain: PrefixChain) -> float:
@@ -127,9 +127,7 @@ def main() -> None:
     if not chosen.write:
         print(section)
         return
-    text = chosen.write.read_text()
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    chosen.write.write_text(before + BEGIN + "\n" + section + "\n" + END + after)
+    replace_section(chosen.write, "restore", section)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
+import inspect
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -252,7 +252,7 @@ def _begun(cache: Cache, session: Session) -> Session:
 
 def _is_running(module: nn.Module | None) -> bool:
     """Whether this thread is inside a call of ``module``: a look at its stack, as no hook tells of an interruption."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the documented way to one's own stack)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             return True
@@ -260,4 +260,4 @@ def _is_running(module: nn.Module | None) -> bool:
     return False
 
 
-_CALL = nn.Module._call_impl.__code__  # noqa: SLF001 (where every call of a module with hooks goes through)
+_CALL = nn.Module._call_impl.__code__  # noqa: SLF001 (every call goes through it, and it has no public name)

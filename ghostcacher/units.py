@@ -58,7 +58,7 @@ def parse_duration(value: str) -> float:
 def format_seconds(seconds: float) -> str:
     """``0.0213`` as ``"21 ms"``, ``3.2`` as ``"3.20 s"``, ``7200`` as ``"2.0 h"``."""
     if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms" if seconds >= 0.001 else f"{seconds * 1e3:.2f} ms"  # noqa: PLR2004
+        return f"{seconds * 1e3:.0f} ms" if seconds >= 0.001 else f"{seconds * 1e3:.2f} ms"  # noqa: PLR2004 (a millisecond)
     for limit, step, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / step:.2f} {unit}" if unit == "s" else f"{seconds / step:.1f} {unit}"

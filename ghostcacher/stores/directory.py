@@ -108,7 +108,7 @@ class DirectoryStore:
         """See `Store.delete_many`."""
         for key in keys:
             try:
-                os.unlink(self._path(key))  # noqa: PTH108 (ten thousand of them: a Path each would double the time)
+                os.unlink(self._path(key))
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -155,7 +155,7 @@ class DirectoryStore:
         """Whether it was written: it is not where something stands that is not to be replaced."""
         if not replace and os.path.lexists(path):
             return False
-        folder = os.path.dirname(path)  # noqa: PTH120
+        folder = os.path.dirname(path)
         partial = f"{folder}/.{os.getpid()}-{secrets.token_hex(8)}.partial"
         descriptor = self._create(folder, partial)
         try:
@@ -167,7 +167,7 @@ class DirectoryStore:
             return _moved(partial, path, replace=replace)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(partial)  # noqa: PTH108
+                os.unlink(partial)
             raise
 
     def _create(self, folder: str, partial: str) -> int:
@@ -200,7 +200,7 @@ class DirectoryStore:
                 found = _PARTIAL.fullmatch(entry.name)
                 if found and _is_abandoned(entry, int(found[1])):
                     with contextlib.suppress(OSError):
-                        os.unlink(entry.path)  # noqa: PTH108
+                        os.unlink(entry.path)
 
 
 def _moved(partial: str, path: str, *, replace: bool) -> bool:
@@ -209,15 +209,15 @@ def _moved(partial: str, path: str, *, replace: bool) -> bool:
         try:
             os.link(partial, path, follow_symlinks=False)
         except FileExistsError:
-            os.unlink(partial)  # noqa: PTH108
+            os.unlink(partial)
             return False
         except OSError as error:
             if error.errno not in WITHOUT_LINKS:
                 raise
         else:
-            os.unlink(partial)  # noqa: PTH108
+            os.unlink(partial)
             return True
-    os.replace(partial, path)  # noqa: PTH105
+    os.replace(partial, path)
     return True
 
 

@@ -152,7 +152,7 @@ class MooncakeStore:
             return
         names = _names(keys)
         with self._client() as client:
-            codes = client.batch_remove(names, True)  # noqa: FBT003 (force; the client's signature)
+            codes = client.batch_remove(names, force=True)
         failed = [key for key, code in zip(keys, codes, strict=True) if code]
         if self.contains_many(failed, timeout_seconds=timeout_seconds):
             raise StoreError("cannot delete at Mooncake: an object still stands")

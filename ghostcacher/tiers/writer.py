@@ -127,10 +127,10 @@ def _run(writer_ref: weakref.ref[Writer], _changed: threading.Condition) -> None
         writer = writer_ref()
         if writer is None or threading.current_thread() is not writer._thread:  # noqa: SLF001 (the thread's own loop)
             return
-        job = writer._next()  # noqa: SLF001
+        job = writer._next()  # noqa: SLF001 (the thread's own loop)
         if job is not None:
-            writer._finish(job)  # noqa: SLF001
-        elif writer._closed:  # noqa: SLF001
+            writer._finish(job)  # noqa: SLF001 (the thread's own loop)
+        elif writer._closed:  # noqa: SLF001 (the thread's own loop)
             return
         del job, writer
         time.sleep(0)

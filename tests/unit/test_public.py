@@ -30,7 +30,7 @@ def test_all_is_sorted_and_every_name_is_there():
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nonsense"):
-        ghostcacher.nonsense  # noqa: B018
+        ghostcacher.nonsense  # noqa: B018 (to ask for it is the test)
 
 
 def test_importing_the_package_imports_no_torch():
