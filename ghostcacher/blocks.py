@@ -122,13 +122,14 @@ class Turn:
     def _by(self, sine: torch.Tensor, keys: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
         turned, pairs = torch.empty_like(keys) if into is None else into, self.cosine.shape[1]
         turned[..., 2 * pairs :] = keys[..., 2 * pairs :]
-        first, second = self._halves(keys[..., : 2 * pairs])
-        to_first, to_second = self._halves(turned[..., : 2 * pairs])
+        first, second = self.halves(keys[..., : 2 * pairs])
+        to_first, to_second = self.halves(turned[..., : 2 * pairs])
         to_first.copy_((first * self.cosine).addcmul_(second, sine, value=-1))
         to_second.copy_((second * self.cosine).addcmul_(first, sine))
         return turned
 
-    def _halves(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def halves(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and second channels of all pairs, ``[…, pairs]`` each, of those that are turned; both are views."""
         if self.interleaved:
             return part[..., ::2], part[..., 1::2]
         first, second = torch.split(part, self.cosine.shape[1], dim=-1)

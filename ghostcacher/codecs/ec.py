@@ -23,7 +23,6 @@ from ghostcacher.codecs.grouping import (
     coded_tokens,
     kept,
     put_kept,
-    put_values,
     rest_fields,
     sink_dtype,
     sink_fields,
@@ -31,6 +30,7 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.codecs.heads import Heads
 from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
@@ -71,15 +71,16 @@ class EntropyCodec:
         return EntropyCodec(self.c, layout.rotation)
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
-        """Means ``[layers, heads, channels]`` and steps ``[layers]`` BF16, and what `SymbolCoder` gives.
+        """Means ``[layers, n]`` and steps ``[layers]`` BF16, and what `SymbolCoder` gives.
 
-        ``classes`` ``[layers, heads, channels]`` is in which frame a channel is, for blocks that are long enough.
+        ``n`` are all heads' channels, plane by plane (see `Heads`). ``classes`` ``[layers, n]`` is in which frame a
+        channel is, for blocks that are long enough.
         """
         coded = coded_tokens(group, piece)
         if not coded:
             return rest_fields(group, piece, 0)
         layers, heads, _, channels = group.shape(coded)
-        per_channel, name = (layers, heads, channels), group.name
+        per_channel, name = (layers, heads * channels), group.name
         return (
             TensorField(f"{name}.mean", "BF16", per_channel),
             TensorField(f"{name}.step", "BF16", (layers,)),
@@ -99,7 +100,8 @@ class EntropyCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
-        values = by_channel(group, tensor, piece, coded, self.rotation)
+        planes = self._heads(group, piece, coded).planes
+        values = by_channel(group, tensor, piece, coded, self.rotation)[..., torch.cat(planes)]
         mean = values[:, sinks:].mean(dim=1, keepdim=True).bfloat16()
         values = values.sub_(mean)
         values[:, :sinks] = 0.0
@@ -109,14 +111,13 @@ class EntropyCodec:
         largest = 1.5 * (values.abs().amax() + mean.float().abs().amax() + step.float().amax())
         check_finite(group, mean, step, first, largest.to(group.spec.torch_dtype))
         codes = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None]).round_()
-        layers, heads, _, channels = group.shape(coded)
-        parts = {f"{name}.mean": mean.view(layers, heads, channels), f"{name}.step": step}
+        parts = {f"{name}.mean": mean[:, 0], f"{name}.step": step}
         if _is_classed(coded):
             codes = codes.transpose(1, 2)
-            classes = _classes_of(codes)
-            parts[f"{name}.classes"] = classes.view(layers, heads, channels)
+            classes = parts[f"{name}.classes"] = _classes_of(codes)
         else:
-            codes, classes = codes.view(layers, 1, -1), _one_class(layers)
+            by_plane = [part.flatten(1) for part in torch.split(codes, list(map(len, planes)), dim=-1)]
+            codes, classes = torch.cat(by_plane, dim=1)[:, None], _one_class(len(step))
         parts |= _coder(group, coded).pack(codes, classes)
         if sinks:
             parts[f"{name}.sinks"] = first
@@ -133,17 +134,23 @@ class EntropyCodec:
         coded, name = coded_tokens(group, piece), group.name
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
-        layers, heads, _, channels = group.shape(coded)
-        classes = parts.get(f"{name}.classes", _one_class(layers)).view(layers, -1)
+        classes = parts.get(f"{name}.classes", _one_class(group.shape(coded)[0]))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        step = parts[f"{name}.step"].float().view(layers, 1, 1)
-        mean = parts[f"{name}.mean"].float().view(layers, 1, heads * channels)
-        turn = turn_of(group, self.rotation, piece.start, coded)
-        for run, codes in _coder(group, coded).unpack(parts, classes):
-            values = _transposed(codes) if _is_classed(coded) else codes.view(-1, coded, heads * channels)
-            torch.addcmul(mean[run], values, step[run], out=values)
-            put_values(decoded, run, values, turn)
+        step = parts[f"{name}.step"].float()[:, None, None, None]
+        heads, is_classed = self._heads(group, piece, coded), _is_classed(coded)
+        means = torch.split(parts[f"{name}.mean"].float()[:, None, None], heads.sizes, dim=-1)
+        into, rows = heads.places(decoded[:, :, :coded]), None
+        for codes in _coder(group, coded).unpack(parts, classes):
+            rows = heads.rows(rows, codes.layers, coded, decoded.dtype, is_joined=is_classed)
+            codes.put(rows.all, is_turned=is_classed)
+            for mean, plane in zip(means, rows.planes, strict=True):
+                torch.addcmul(mean[codes.layers], plane, step[codes.layers], out=plane)
+            rows.write([place[codes.layers] for place in into])
         return put_kept(group, decoded, piece, coded, parts)
+
+    def _heads(self, group: TensorGroup, piece: Piece, coded: int) -> Heads:
+        _, heads, _, channels = group.shape(coded)
+        return Heads(heads, channels, turn_of(group, self.rotation, piece.start, coded))
 
 
 def checked_step(name: str, c: object) -> float:
@@ -173,14 +180,6 @@ def _coder(group: TensorGroup, coded: int) -> SymbolCoder:
 
 def _one_class(layers: int) -> torch.Tensor:
     return torch.zeros((layers, 1), dtype=torch.uint8, device="cpu")
-
-
-def _transposed(codes: torch.Tensor) -> torch.Tensor:
-    """``[layers, channels, tokens]`` to ``[layers, tokens, channels]``, one by one: torch has a fast path for it."""
-    turned = torch.empty((codes.shape[0], codes.shape[2], codes.shape[1]), dtype=codes.dtype, device="cpu")
-    for layer, into in zip(codes, turned, strict=True):
-        into.copy_(layer.t())
-    return turned
 
 
 def _spread(values: torch.Tensor) -> torch.Tensor:

@@ -83,17 +83,6 @@ def by_channel(
     return values.transpose(1, 2).flatten(2).clone()
 
 
-def put_values(decoded: torch.Tensor, run: slice, values: torch.Tensor, turn: Turn | None) -> None:
-    """The inverse of `by_channel` for the layers of ``run``, into ``decoded`` ``[layers, heads, tokens, channels]``."""
-    heads, channels = decoded.shape[1], decoded.shape[3]
-    by_head = values.view(len(values), -1, heads, channels).transpose(1, 2)
-    into = decoded[run, :, : values.shape[1]]
-    if turn:
-        turn.forward(by_head, into)
-    else:
-        into.copy_(by_head)
-
-
 def sink_dtype(group: TensorGroup) -> torch.dtype:
     """What the first tokens of a prefix are kept in: a model's own half precision, bf16 of fp32."""
     return torch.float16 if group.spec.dtype == "float16" else torch.bfloat16

@@ -8,10 +8,11 @@ values. Means, basis and classes are the model's: a block holds codes and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
@@ -24,7 +25,6 @@ from ghostcacher.codecs.grouping import (
     coded_tokens,
     kept,
     put_kept,
-    put_values,
     rest_fields,
     sink_dtype,
     sink_fields,
@@ -32,7 +32,9 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder
+from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.products import product
+from ghostcacher.codecs.symbols import CODE_LIMIT, Codes, SymbolCoder, runs
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
 
@@ -121,7 +123,7 @@ class KvtCodec:
     def decode(
         self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
     ) -> torch.Tensor:
-        """Mean + c x basis x codes, turned as the model had it, then the layout's dtype.
+        """Mean + c x scale x (basis x codes), turned as the model had it, then the layout's dtype.
 
         Raises:
             BlockError: ``frame``: a frame that is not what the header says.
@@ -131,17 +133,26 @@ class KvtCodec:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         table = self._table(group)
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        turn = turn_of(group, self._rotation, piece.start, coded)
-        dtype = torch.bfloat16 if group.spec.dtype == "bfloat16" else torch.float32
-        for run, codes in _coder(group, coded).unpack(parts, self._classes(table)):
-            moved = _by_token(table.basis[run].to(dtype), codes.to(dtype))
-            values = torch.add(table.mean[run, None], moved.float(), alpha=self.c)
-            put_values(decoded, run, values, turn)
+        heads = self._heads(group, table, piece, coded)
+        mean, basis, scale = table.in_planes(heads)
+        starts, slopes = (torch.split(each, heads.sizes, dim=-1) for each in (mean, scale * self.c))
+        into, rows = heads.places(decoded[:, :, :coded]), None
+        for codes in _coder(group, coded).unpack(parts, self._classes(table)):
+            rows = heads.rows(rows, codes.layers, coded, decoded.dtype)
+            _fill(rows.planes, codes, basis[codes.layers])
+            for start, slope, plane in zip(starts, slopes, rows.planes, strict=True):
+                torch.addcmul(start[codes.layers], plane, slope[codes.layers], out=plane)
+            rows.write([place[codes.layers] for place in into])
         return put_kept(group, decoded, piece, coded, parts)
 
     @property
     def _rotation(self) -> Any:
         return self.tables.rotation if self.tables else None
+
+    def _heads(self, group: TensorGroup, table: Table, piece: Piece, coded: int) -> Heads:
+        channels = group.shape(coded)[3]
+        turn = turn_of(group, self._rotation, piece.start, coded)
+        return Heads(table.basis.shape[2] // channels, channels, turn, table.basis.shape[1])
 
     def _table(self, group: TensorGroup) -> Table:
         return (self.tables.groups if self.tables else {})[group.name]
@@ -173,9 +184,19 @@ def _times(matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return torch.matmul(matrices, columns.reshape(layers, parts, width, -1)).view(layers, parts * width, -1)
 
 
-def _by_token(matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """As `_times`, the other way round: ``[layers, tokens, n]``."""
-    layers, parts, width, _ = matrices.shape
-    rows = columns.view(layers * parts, width, -1).transpose(1, 2)
-    turned = torch.bmm(rows, matrices.flatten(0, 1).transpose(1, 2))
-    return turned if parts == 1 else turned.view(layers, parts, -1, width).transpose(1, 2).flatten(2)
+def _fill(planes: Sequence[torch.Tensor], codes: Codes, basis: torch.Tensor) -> None:
+    """``codes`` ``[layers, parts * w, tokens]`` times ``basis`` ``[layers, parts, w, w]``, plane by plane."""
+    small, places, large = codes.in_int8()
+    _, parts, width, _ = basis.shape
+    found = product(small.view(len(basis) * parts, width, -1), basis.flatten(0, 1))
+    sums = torch.unflatten(found, 0, (-1, parts))
+    sizes = [plane.shape[-1] for plane in planes]
+    for plane, own in zip(planes, torch.split(sums, sizes, dim=-1), strict=True):
+        plane.copy_(own)
+    if not len(places):
+        return
+    layer, part, row, token = map(torch.from_numpy, np.unravel_index(places, (*basis.shape[:3], sums.shape[2])))
+    for one in runs(len(large), width):
+        added = torch.from_numpy(large[one])[:, None] * basis[layer[one], part[one], row[one]].float()
+        for plane, own in zip(planes, torch.split(added, sizes, dim=-1), strict=True):
+            plane.index_put_((layer[one], part[one], token[one]), own, accumulate=True)

@@ -13,42 +13,66 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ghostcacher.blocks import Rotation, TensorGroup
+from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.products import WIDTH_LIMIT
 from ghostcacher.errors import BlockError
 
-FORMAT = 1
+FORMAT = 2
 STEEPEST = 8.0
 """A curve that was measured as noise may be flat: neither it nor its inverse is followed further than that."""
 
 _BASIS_RANK = 4
+_BASIS_LARGEST = 127
+_PARTS = ("mean", "basis", "scale", "spread")
 _DIGEST_CHARS = 64
+
+
+class Restoring(NamedTuple):
+    """A table's channels plane by plane: ``mean`` and ``scale`` ``[layers, parts, 1, w]``, ``basis`` one row a code."""
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    scale: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """Of one tensor over its layers, with n = heads * channels in some parts of equal width w; keys before rope.
 
-    State is ``mean + step * basis @ codes``, part by part, where codes of equal size cost equal divergence.
-    ``mean`` is ``[layers, n]`` fp32, ``basis`` ``[layers, parts, w, w]`` bf16, ``spread`` ``[layers, n]`` fp32: how
-    far codes spread at step 1.
+    State is ``mean + step * scale * (basis @ codes)``, part by part, where codes of equal size cost equal divergence.
+    ``mean``, ``scale`` and ``spread`` are ``[layers, n]`` fp32, ``basis`` ``[layers, parts, w, w]`` int8; ``spread`` is
+    how far codes spread at step 1.
     """
 
     mean: torch.Tensor
     basis: torch.Tensor
+    scale: torch.Tensor
     spread: torch.Tensor
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, basis: torch.Tensor, spread: torch.Tensor) -> Self:
+        """With the whole numbers nearest to a ``basis`` of floats, scaled channel by channel.
+
+        That turns its columns a little against each other. Nothing is lost: codes are what the inverse gives.
+        """
+        largest = basis.float().abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = largest / _BASIS_LARGEST
+        return cls(mean, (basis / scale).round().to(torch.int8), scale.view(mean.shape), spread)
 
     @cached_property
     def analysis(self) -> torch.Tensor:
-        """The inverse of ``basis`` in fp32: state to codes."""
+        """The inverse of scale and basis in fp32: state to codes."""
         # One by one: in batches, MKL's inverse fails now and then beside other threads.
+        matrices = self._scaled().flatten(0, 1).contiguous()
         try:
-            inverses = [torch.linalg.inv(matrix) for matrix in self.basis.double().flatten(0, 1).contiguous()]
+            inverses = [torch.linalg.inv(matrix) for matrix in matrices]
         except RuntimeError as error:
             raise BlockError("tables", "a basis that cannot be inverted") from error
         return torch.stack(inverses).view(self.basis.shape).float()
@@ -56,12 +80,30 @@ class Table:
     @cached_property
     def reach(self) -> float:
         """How far a value may be off at step 1, at most."""
-        return float(self.basis.float().abs().sum(dim=-1).amax()) / 2
+        return float(self._scaled().abs().sum(dim=-1).amax()) / 2
+
+    def _scaled(self) -> torch.Tensor:
+        return self.basis.double() * self.scale.double().view(*self.basis.shape[:3], 1)
+
+    def in_planes(self, heads: Heads) -> Restoring:
+        """This table as decoding with ``heads`` wants it. Kept: making it costs as much as decoding a block."""
+        kept = self._in_planes.get((heads.heads, heads.channels))
+        if kept is None:
+            layers, parts, width, _ = self.basis.shape
+            order = torch.cat(heads.planes)
+            basis = self.basis[:, :, order].transpose(2, 3).contiguous()
+            mean, scale = (each.view(layers, parts, 1, width)[..., order] for each in (self.mean, self.scale))
+            kept = self._in_planes[heads.heads, heads.channels] = Restoring(mean, basis, scale)
+        return kept
+
+    @cached_property
+    def _in_planes(self) -> dict[tuple[int, int], Restoring]:
+        return {}
 
     def fits(self, group: TensorGroup) -> bool:
         """Whether it is of tensors of this shape."""
         layers, heads, _, channels = group.shape(1)
-        return tuple(self.mean.shape) == (layers, heads * channels)
+        return tuple(self.mean.shape) == (layers, heads * channels) and self.basis.shape[2] % channels == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +123,7 @@ class Tables:
         """The asset's bytes."""
         tensors = {
             f"{name}.{part}": getattr(table, part).contiguous()
-            for name, table in self.groups.items() for part in ("mean", "basis", "spread")
+            for name, table in self.groups.items() for part in _PARTS
         }  # fmt: skip
         turned = self.rotation and [list(self.rotation.frequencies), self.rotation.interleaved]
         document = {"format": FORMAT, "model": self.model, "rotation": turned, "curve": self.curve}
@@ -108,7 +150,7 @@ class Tables:
             if document["format"] != FORMAT:
                 raise BlockError("tables", f"format {document['format']!r}, this reader knows {FORMAT}")
             names = {name.rpartition(".")[0] for name in tensors}
-            groups = {name: _checked(*(tensors[f"{name}.{p}"] for p in ("mean", "basis", "spread"))) for name in names}
+            groups = {name: _checked(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
             parsed = cls(groups, _rotation(document["rotation"]), _curve(document["curve"]), str(document["model"]))
         except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise BlockError("tables", f"not an asset of tables ({type(error).__name__})") from error
@@ -156,16 +198,16 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     return float(y0 * (x / x0) ** steepest)
 
 
-def _checked(mean: torch.Tensor, basis: torch.Tensor, spread: torch.Tensor) -> Table:
+def _checked(mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, spread: torch.Tensor) -> Table:
     layers, n = mean.shape
-    is_square = basis.dim() == _BASIS_RANK and basis.shape[2] == basis.shape[3]
+    is_square = basis.dim() == _BASIS_RANK and basis.shape[2] == basis.shape[3] <= WIDTH_LIMIT
     is_whole = is_square and basis.shape[0] == layers and basis.shape[1] * basis.shape[2] == n
-    dtypes = (mean.dtype, basis.dtype, spread.dtype)
-    if not is_whole or spread.shape != mean.shape or dtypes != (torch.float32, torch.bfloat16, torch.float32):
-        raise ValueError("shapes that do not fit each other")
-    if not all(bool(torch.isfinite(part).all()) for part in (mean, basis, spread)):
+    numbers = (mean, scale, spread)
+    if not is_whole or basis.dtype != torch.int8 or any(each.dtype != torch.float32 for each in numbers):
+        raise ValueError("shapes or dtypes that do not fit each other")
+    if any(each.shape != mean.shape or not bool(torch.isfinite(each).all()) for each in numbers):
         raise ValueError("numbers that are none")
-    return Table(mean, basis, spread)
+    return Table(mean, basis, scale, spread)
 
 
 def _rotation(turned: Any) -> Rotation | None:

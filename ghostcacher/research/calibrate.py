@@ -127,8 +127,8 @@ class _Sums:
         self.squares[place] += gradient.square().sum(0).cpu() / scored
         self.draws[place] += len(gradient)
 
-    def table(self) -> Table:
-        """The table, at a step of its own."""
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, basis and spread of a `Table`, at a step of its own."""
         tokens = self.tokens.clamp(min=1)
         mean = self.state / tokens
         by_part = mean.view(len(mean), self.parts, -1)
@@ -139,7 +139,7 @@ class _Sums:
         roots = ((1 - _EVEN_SHARE) * weights + _EVEN_SHARE * even).sqrt().view_as(by_part)
         spreads, vectors = torch.linalg.eigh(roots[..., :, None] * covariance * roots[..., None, :])
         basis, spreads = (vectors / roots[..., :, None]).flip(-1), spreads.flip(-1).clamp(min=0).sqrt()
-        return Table(mean.float(), basis, spreads.reshape_as(mean))
+        return mean.float(), basis, spreads.reshape_as(mean)
 
 
 def _observe(
@@ -191,12 +191,11 @@ def _flat(group: TensorGroup, shape: Shape, held: torch.Tensor, tokens: int) -> 
 
 def _learned(sums: dict[str, _Sums], shape: Shape, model_type: str) -> Tables:
     """All tables in one unit: step 1 is the geometric mean of the layers' spreads."""
-    found = {name: held.table() for name, held in sums.items()}
-    spreads = torch.cat([table.spread.double().square().mean(dim=1).sqrt() for table in found.values()])
+    found = {name: held.learned() for name, held in sums.items()}
+    spreads = torch.cat([spread.square().mean(dim=1).sqrt() for _, _, spread in found.values()])
     unit = float(spreads.clamp(min=_LEAST).log().mean().exp())
     groups = {
-        name: Table(table.mean, (table.basis * unit).bfloat16(), (table.spread / unit).float())
-        for name, table in found.items()
+        name: Table.of(mean, basis * unit, (spread / unit).float()) for name, (mean, basis, spread) in found.items()
     }
     return Tables(groups, shape.layout.rotation, (), model_type)
 

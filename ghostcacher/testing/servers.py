@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 START_SECONDS = 20.0
+_PORTS = range(10_000, 22_000)
+_BUS_OFFSET = 10_000
 _BINARIES = ("redis-server", "valkey-server")
 _CLIENTS = ("redis-cli", "valkey-cli")
 
@@ -48,12 +51,15 @@ class RedisServer:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, and whose cluster bus port is free too."""
+    """A port that nobody listens on now, and whose cluster bus port is free too.
+
+    Both are below those that the system gives to whoever connects: none of these is taken between now and the start.
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55_000:
+        port = secrets.choice(_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + _BUS_OFFSET))
             return port
 
 
@@ -86,10 +92,11 @@ def redis_cluster(folder: Path, masters: int = 3) -> Iterator[list[RedisServer]]
         TimeoutError: it does not form.
     """
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0")
-    servers = [_server(folder / str(number), options) for number in range(2 * masters)]
+    servers: list[RedisServer] = []
     try:
-        for server in servers:
-            server.start()
+        for number in range(2 * masters):
+            servers.append(_server(folder / str(number), options))
+            servers[-1].start()
         _form([f"127.0.0.1:{server.port}" for server in servers])
         yield servers
     finally:

@@ -281,7 +281,7 @@ class TestKvtCodec(CodecContract):
     def codec(self):
         def table():
             basis = torch.linalg.qr(torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)))[0]
-            return Table(torch.zeros(3, 32), basis.bfloat16(), torch.ones(3, 32))
+            return Table.of(torch.zeros(3, 32), basis, torch.ones(3, 32))
 
         tables = Tables({"keys": table(), "values": table()}, Rotation((1.0, 0.1, 0.01)), ())
         codec = KvtCodec(0.25, tables)

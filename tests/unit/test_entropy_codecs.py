@@ -22,7 +22,7 @@ from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.codecs.scratch import Scratch
-from ghostcacher.codecs.symbols import SymbolCoder
+from ghostcacher.codecs.symbols import UNPACKED_VALUES, SymbolCoder, _planes
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group
 
@@ -222,8 +222,10 @@ def test_codes_far_out_are_listed_at_their_own_places():
     for place, code in wanted.items():
         codes[0, 0, place] = code
     parts = coder.pack(codes, torch.zeros((1, 1), dtype=torch.uint8))
-    [(_, back)] = coder.unpack(parts, torch.zeros((1, 1), dtype=torch.uint8))
-    assert {int(place): float(back.view(-1)[place]) for place in back.view(-1).nonzero()[:, 0]} == wanted
+    [found] = coder.unpack(parts, torch.zeros((1, 1), dtype=torch.uint8))
+    back = torch.empty(codes.numel())
+    found.put(back)
+    assert {int(place): float(back[place]) for place in back.nonzero()[:, 0]} == wanted
 
 
 @settings(max_examples=100, deadline=None)
@@ -239,8 +241,39 @@ def test_any_codes_come_back(data):
     codes = (torch.randn((layers, rows, columns), generator=generator) * spread).round()
     classes = torch.randint(0, 3, (layers, rows), generator=generator).to(torch.uint8)
     coder = SymbolCoder("x", layers, rows, columns, 3)
-    back = [run.clone() for _, run in coder.unpack(coder.pack(codes, classes), classes)]
-    assert torch.equal(torch.cat(back), codes)
+    for found in coder.unpack(coder.pack(codes, classes), classes):
+        wanted = codes[found.layers]
+        plain, turned = torch.empty_like(wanted), torch.empty_like(wanted.transpose(1, 2).contiguous())
+        found.put(plain)
+        assert torch.equal(plain, wanted)
+        found.put(turned, is_turned=True)
+        assert torch.equal(turned, wanted.transpose(1, 2))
+        small, places, large = found.in_int8()
+        whole = small.float()
+        whole.view(-1)[torch.from_numpy(places)] = torch.from_numpy(large)
+        assert torch.equal(whole, wanted)
+        assert all(abs(large) > 127)
+
+
+def test_layers_are_unpacked_a_few_at_a_time_in_their_order():
+    codes = torch.arange(7).view(7, 1, 1).expand(7, 4, UNPACKED_VALUES // 8).float()
+    classes = torch.zeros((7, 4), dtype=torch.uint8)
+    coder = SymbolCoder("x", 7, 4, UNPACKED_VALUES // 8, 1)
+    found = list(coder.unpack(coder.pack(codes, classes), classes))
+    assert [one.layers for one in found] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert [one.small[:, 0, 0].tolist() for one in found] == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+@pytest.mark.parametrize("listed", [[[9, 300], [3, 300]], [[3, 300], [3, 301]], [[-1, 300]], [[64, 300]]])
+def test_listed_codes_out_of_order_or_place_are_refused(listed):
+    coder = SymbolCoder("x", 1, 1, 64, 1)
+    classes = torch.zeros((1, 1), dtype=torch.uint8)
+    codes = torch.zeros(1, 1, 64)
+    codes[..., : len(listed)] = 300.0
+    parts = dict(coder.pack(codes, classes))
+    parts["x.list"] = _planes(torch.tensor(listed, dtype=torch.int32))
+    with pytest.raises(BlockError, match="frame"):
+        list(coder.unpack(parts, classes))
 
 
 def test_a_block_that_would_grow_is_stored_as_it_is():

@@ -28,8 +28,8 @@ def tables(seed=0, curve=CURVE):
     generator = torch.Generator().manual_seed(seed)
 
     def table():
-        basis = torch.linalg.qr(torch.randn(2, 1, 8, 8, generator=generator))[0].bfloat16()
-        return Table(torch.randn(2, 8, generator=generator), basis, torch.rand(2, 8, generator=generator))
+        basis = torch.linalg.qr(torch.randn(2, 1, 8, 8, generator=generator))[0]
+        return Table.of(torch.randn(2, 8, generator=generator), basis, torch.rand(2, 8, generator=generator))
 
     return Tables({"keys": table(), "values.3": table()}, Rotation((1.0, 0.1)), curve, "llama")
 
@@ -75,18 +75,20 @@ def test_forged_assets_under_their_own_name_are_refused_or_sound(data):
     [
         {"keys.mean": torch.zeros(2, 7)},
         {"keys.basis": torch.zeros(2, 1, 8, 8)},
-        {"keys.basis": torch.zeros(2, 2, 8, 8).bfloat16()},
+        {"keys.basis": torch.zeros(2, 2, 8, 8, dtype=torch.int8)},
+        {"keys.basis": torch.zeros(2, 1, 8, 8).bfloat16()},
         {"keys.spread": torch.full((2, 8), torch.nan)},
+        {"keys.scale": torch.full((2, 8), torch.inf)},
         {"curve": [[0.1, 1e-3], [0.5, 1e-4]]},
         {"curve": [[0.1, 1e-3]]},
-        {"format": 2},
+        {"format": 1},
         {"rotation": [["x"], False]},
     ],
 )
 def test_assets_that_fit_nothing(change):
-    good = {"keys.mean": torch.zeros(2, 8), "keys.basis": torch.zeros(2, 1, 8, 8).bfloat16(),
-            "keys.spread": torch.zeros(2, 8)}  # fmt: skip
-    document = {"curve": CURVE, "format": 1, "model": "", "rotation": None}
+    good = {"keys.mean": torch.zeros(2, 8), "keys.basis": torch.zeros(2, 1, 8, 8, dtype=torch.int8),
+            "keys.scale": torch.ones(2, 8), "keys.spread": torch.zeros(2, 8)}  # fmt: skip
+    document = {"curve": CURVE, "format": 2, "model": "", "rotation": None}
     tensors = {name: change.get(name, part) for name, part in good.items()}
     text = json.dumps({name: change.get(name, part) for name, part in document.items()}, separators=(",", ":"))
     blob = save(tensors, {"ghostcacher": text})
@@ -171,7 +173,7 @@ def test_a_flat_curve_is_not_followed_beyond_reason():
 def test_classes_at_exact_borders_follow_the_format():
     """From the text of docs/format.md, in whole numbers of Python."""
     spread = torch.tensor([[2.0**n * m for n in range(-6, 6) for m in (1.0, 0.5**0.5, 2**0.5, 1.4142135, 1.4142137)]])
-    table = Table(torch.zeros_like(spread), torch.eye(spread.shape[1])[None, None].bfloat16(), spread)
+    table = Table.of(torch.zeros_like(spread), torch.eye(spread.shape[1])[None, None], spread)
     found = KvtCodec(0.5, tables())._classes(table)[0].tolist()
     expected = []
     for value in spread[0].tolist():
