@@ -30,7 +30,7 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.heads import Heads, Lines
 from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
@@ -100,8 +100,8 @@ class EntropyCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
-        planes = self._heads(group, piece, coded).planes
-        values = by_channel(group, tensor, piece, coded, self.rotation)[..., torch.cat(planes)]
+        order = self._heads(group, piece, coded).order
+        values = by_channel(group, tensor, piece, coded, self.rotation)[..., order]
         mean = values[:, sinks:].mean(dim=1, keepdim=True).bfloat16()
         values = values.sub_(mean)
         values[:, :sinks] = 0.0
@@ -116,8 +116,7 @@ class EntropyCodec:
             codes = codes.transpose(1, 2)
             classes = parts[f"{name}.classes"] = _classes_of(codes)
         else:
-            by_plane = [part.flatten(1) for part in torch.split(codes, list(map(len, planes)), dim=-1)]
-            codes, classes = torch.cat(by_plane, dim=1)[:, None], _one_class(len(step))
+            codes, classes = codes.flatten(1)[:, None], _one_class(len(step))
         parts |= _coder(group, coded).pack(codes, classes)
         if sinks:
             parts[f"{name}.sinks"] = first
@@ -136,16 +135,12 @@ class EntropyCodec:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
         classes = parts.get(f"{name}.classes", _one_class(group.shape(coded)[0]))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        step = parts[f"{name}.step"].float()[:, None, None, None]
-        heads, is_classed = self._heads(group, piece, coded), _is_classed(coded)
-        means = torch.split(parts[f"{name}.mean"].float()[:, None, None], heads.sizes, dim=-1)
-        into, rows = heads.places(decoded[:, :, :coded]), None
+        mean = parts[f"{name}.mean"].float()[:, None]
+        step = parts[f"{name}.step"].float()[:, None, None].expand_as(mean)
+        is_classed, back = _is_classed(coded), Lines(self._heads(group, piece, coded), mean, step, coded, decoded)
         for codes in _coder(group, coded).unpack(parts, classes):
-            rows = heads.rows(rows, codes.layers, coded, decoded.dtype, is_joined=is_classed)
-            codes.put(rows.all, is_turned=is_classed)
-            for mean, plane in zip(means, rows.planes, strict=True):
-                torch.addcmul(mean[codes.layers], plane, step[codes.layers], out=plane)
-            rows.write([place[codes.layers] for place in into])
+            codes.put(back.room(codes.layers), is_turned=is_classed)
+            back.write(codes.layers)
         return put_kept(group, decoded, piece, coded, parts)
 
     def _heads(self, group: TensorGroup, piece: Piece, coded: int) -> Heads:

@@ -24,10 +24,10 @@ class Heads:
     groups: int = 1
 
     @property
-    def planes(self) -> list[torch.Tensor]:
-        """Of each plane, which channels it holds: head * channels + channel."""
+    def order(self) -> torch.Tensor:
+        """Which channel stands in each column, head * channels + channel: plane after plane."""
         natural = torch.arange(self.heads * self.channels, device="cpu").view(self.heads, self.channels)
-        return [part.flatten() for part in self.parts(natural) if part.numel()]
+        return torch.cat([part.flatten() for part in self.parts(natural)])
 
     @property
     def sizes(self) -> list[int]:
@@ -45,53 +45,59 @@ class Heads:
         return (*self.turn.halves(state[..., :turned]), state[..., turned:])
 
     def places(self, state: torch.Tensor) -> list[torch.Tensor]:
-        """Where each plane goes in ``[layers, heads, tokens, channels]``; see `Rows.write`."""
+        """Where each plane goes in ``[layers, heads, tokens, channels]``; see `Lines.write`."""
         return [part for part in self.parts(torch.unflatten(state, 1, (self.groups, -1))) if part.numel()]
 
-    def rows(
-        self, old: Rows | None, layers: slice, tokens: int, dtype: torch.dtype, *, is_joined: bool = False
-    ) -> Rows:
-        """Room for the rows of ``layers``: ``old``, if it has that many."""
-        count = layers.stop - layers.start
-        return old if old and old.layers == count else Rows(self, count, tokens, dtype, is_joined=is_joined)
 
+class Lines:
+    """Numbers to state: mean + slope * number in fp32, turned, by head, into ``decoded``, some layers at a time.
 
-class Rows:
-    """Room for some layers' rows in fp32, filled and written again and again.
-
-    ``planes`` are ``[layers, parts, tokens, the plane's channels]``, apart from each other, or views of one tensor of
-    all channels if ``is_joined``; ``all`` is that memory.
+    ``mean`` and ``slope`` are ``[layers, groups, w]``, channels plane after plane; ``decoded`` is
+    ``[layers, heads, at least the tokens, channels]``.
     """
 
-    def __init__(self, heads: Heads, layers: int, tokens: int, dtype: torch.dtype, *, is_joined: bool) -> None:
-        parts = heads.groups
-        sizes = heads.sizes
-        self.layers = layers
-        self.all = torch.empty((layers, parts * tokens * sum(sizes)), dtype=torch.float32, device="cpu")
-        if is_joined:
-            self.planes = torch.split(self.all.view(layers, parts, tokens, -1), sizes, dim=-1)
-        else:
-            apart = torch.split(self.all, [parts * tokens * size for size in sizes], dim=1)
-            self.planes = tuple(plane.view(layers, parts, tokens, -1) for plane in apart)
-        whole = torch.contiguous_format
-        self._turn = heads.turn
-        self._casts = [torch.empty_like(plane, dtype=dtype, memory_format=whole) for plane in self.planes]
-        self._by_head = [torch.unflatten(cast, 3, (heads.heads, -1)).transpose(2, 3) for cast in self._casts]
+    def __init__(
+        self, heads: Heads, mean: torch.Tensor, slope: torch.Tensor, tokens: int, decoded: torch.Tensor
+    ) -> None:
+        self._heads, self._tokens, self._mean, self._slope = heads, tokens, mean, slope
+        self._dtype, self._places = decoded.dtype, heads.places(decoded[:, :, :tokens])
+        self._rows = torch.empty(0, device="cpu")
+        self._turns = None
         if heads.turn is not None:
-            self._turned = torch.empty_like(self.planes[0], memory_format=whole)
-            self._cosine, self._sine = (part.repeat(1, heads.heads) for part in (heads.turn.cosine, heads.turn.sine))
+            self._turns = tuple(part.repeat(1, heads.heads) for part in (heads.turn.cosine, heads.turn.sine))
 
-    def write(self, into: list[torch.Tensor]) -> None:
-        """Turn the planes and write them to views ``[layers, parts, heads, tokens, channels]`` of their places."""
-        if self._turn is None:
-            self._casts[0].copy_(self.planes[0])
+    def room(self, layers: slice) -> torch.Tensor:
+        """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens, w]``, used again and again."""
+        count = layers.stop - layers.start
+        if len(self._rows) != count:
+            self._make_room(count)
+        return self._rows
+
+    def write(self, layers: slice) -> None:
+        """Restore ``layers``, whose numbers are where `room` said."""
+        torch.addcmul(self._mean[layers, :, None], self._rows, self._slope[layers, :, None], out=self._rows)
+        if self._turns is None:
+            self._casts[0].copy_(self._planes[0])
         else:
-            first, second, *rest = self.planes
-            torch.mul(first, self._cosine, out=self._turned).addcmul_(second, self._sine, value=-1)
-            self._casts[0].copy_(self._turned)
-            torch.mul(second, self._cosine, out=self._turned).addcmul_(first, self._sine)
-            self._casts[1].copy_(self._turned)
-            for cast, plane in zip(self._casts[2:], rest, strict=True):
-                cast.copy_(plane)
-        for place, by_head in zip(into, self._by_head, strict=True):
-            place.copy_(by_head)
+            self._turn(*self._turns)
+        for place, by_head in zip(self._places, self._by_head, strict=True):
+            place[layers].copy_(by_head)
+
+    def _make_room(self, layers: int) -> None:
+        heads, whole = self._heads, torch.contiguous_format
+        shape = (layers, heads.groups, self._tokens, sum(heads.sizes))
+        self._rows = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self._planes = torch.split(self._rows, heads.sizes, dim=-1)
+        # Cast in one piece, then put by head: both at once is half as fast.
+        self._casts = [torch.empty_like(plane, dtype=self._dtype, memory_format=whole) for plane in self._planes]
+        self._by_head = [torch.unflatten(cast, 3, (heads.heads, -1)).transpose(2, 3) for cast in self._casts]
+        self._turned = torch.empty_like(self._planes[0], memory_format=whole)
+
+    def _turn(self, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        first, second, *rest = self._planes
+        torch.mul(first, cosine, out=self._turned).addcmul_(second, sine, value=-1)
+        self._casts[0].copy_(self._turned)
+        torch.mul(second, cosine, out=self._turned).addcmul_(first, sine)
+        self._casts[1].copy_(self._turned)
+        for cast, plane in zip(self._casts[2:], rest, strict=True):
+            cast.copy_(plane)

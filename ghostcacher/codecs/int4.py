@@ -99,7 +99,7 @@ class Int4Codec:
             low.copy_(packed[run] & _LOW)
             high.copy_(packed[run] >> _BITS)
 
-        from_codes(group, parts, STEPS, decoded[..., :coded, :], unpack)
+        from_codes(group, parts, STEPS, packed, decoded, unpack)
         return put_kept(group, decoded, piece, coded, parts)
 
 

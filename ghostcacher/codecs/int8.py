@@ -62,7 +62,7 @@ class Int8Codec:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         codes = grouped(group, parts[f"{group.name}.codes"])
-        from_codes(group, parts, STEPS, decoded[..., :coded, :], lambda run, values: _copy(codes[run], values))
+        from_codes(group, parts, STEPS, codes, decoded, lambda run, values: _copy(codes[run], values))
         return put_kept(group, decoded, piece, coded, parts)
 
 

@@ -8,12 +8,13 @@ values. Means, basis and classes are the model's: a block holds codes and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import Piece, Room, fresh
@@ -32,9 +33,9 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.heads import Heads, Lines
 from ghostcacher.codecs.products import product
-from ghostcacher.codecs.symbols import CODE_LIMIT, Codes, SymbolCoder, runs
+from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder, runs
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
 
@@ -135,14 +136,15 @@ class KvtCodec:
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         heads = self._heads(group, table, piece, coded)
         mean, basis, scale = table.in_planes(heads)
-        starts, slopes = (torch.split(each, heads.sizes, dim=-1) for each in (mean, scale * self.c))
-        into, rows = heads.places(decoded[:, :, :coded]), None
+        back = Lines(heads, mean, scale * self.c, coded, decoded)
         for codes in _coder(group, coded).unpack(parts, self._classes(table)):
-            rows = heads.rows(rows, codes.layers, coded, decoded.dtype)
-            _fill(rows.planes, codes, basis[codes.layers])
-            for start, slope, plane in zip(starts, slopes, rows.planes, strict=True):
-                torch.addcmul(start[codes.layers], plane, slope[codes.layers], out=plane)
-            rows.write([place[codes.layers] for place in into])
+            small, places, large = codes.in_int8()
+            matrices = basis[codes.layers]
+            sums = product(small.view(-1, matrices.shape[2], coded), matrices.flatten(0, 1))
+            rows = back.room(codes.layers)
+            rows.view(sums.shape).copy_(sums)
+            _add(rows, matrices, places, large)
+            back.write(codes.layers)
         return put_kept(group, decoded, piece, coded, parts)
 
     @property
@@ -184,19 +186,12 @@ def _times(matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return torch.matmul(matrices, columns.reshape(layers, parts, width, -1)).view(layers, parts * width, -1)
 
 
-def _fill(planes: Sequence[torch.Tensor], codes: Codes, basis: torch.Tensor) -> None:
-    """``codes`` ``[layers, parts * w, tokens]`` times ``basis`` ``[layers, parts, w, w]``, plane by plane."""
-    small, places, large = codes.in_int8()
-    _, parts, width, _ = basis.shape
-    found = product(small.view(len(basis) * parts, width, -1), basis.flatten(0, 1))
-    sums = torch.unflatten(found, 0, (-1, parts))
-    sizes = [plane.shape[-1] for plane in planes]
-    for plane, own in zip(planes, torch.split(sums, sizes, dim=-1), strict=True):
-        plane.copy_(own)
+def _add(rows: torch.Tensor, basis: torch.Tensor, places: NDArray[np.int64], large: NDArray[np.float32]) -> None:
+    """Add to ``[layers, parts, tokens, w]`` codes too large for int8, times ``basis`` ``[layers, parts, w, w]``."""
     if not len(places):
         return
-    layer, part, row, token = map(torch.from_numpy, np.unravel_index(places, (*basis.shape[:3], sums.shape[2])))
+    layers, parts, width, _ = basis.shape
+    layer, part, row, token = map(torch.from_numpy, np.unravel_index(places, (layers, parts, width, rows.shape[2])))
     for one in runs(len(large), width):
         added = torch.from_numpy(large[one])[:, None] * basis[layer[one], part[one], row[one]].float()
-        for plane, own in zip(planes, torch.split(added, sizes, dim=-1), strict=True):
-            plane.index_put_((layer[one], part[one], token[one]), own, accumulate=True)
+        rows.index_put_((layer[one], part[one], token[one]), added, accumulate=True)

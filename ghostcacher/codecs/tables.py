@@ -35,7 +35,7 @@ _DIGEST_CHARS = 64
 
 
 class Restoring(NamedTuple):
-    """A table's channels plane by plane: ``mean`` and ``scale`` ``[layers, parts, 1, w]``, ``basis`` one row a code."""
+    """A table's channels plane by plane: ``mean`` and ``scale`` ``[layers, parts, w]``, ``basis`` one row a code."""
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -90,9 +90,9 @@ class Table:
         kept = self._in_planes.get((heads.heads, heads.channels))
         if kept is None:
             layers, parts, width, _ = self.basis.shape
-            order = torch.cat(heads.planes)
+            order = heads.order
             basis = self.basis[:, :, order].transpose(2, 3).contiguous()
-            mean, scale = (each.view(layers, parts, 1, width)[..., order] for each in (self.mean, self.scale))
+            mean, scale = (each.view(layers, parts, width)[..., order] for each in (self.mean, self.scale))
             kept = self._in_planes[heads.heads, heads.channels] = Restoring(mean, basis, scale)
         return kept
 

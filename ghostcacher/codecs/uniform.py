@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ghostcacher.blocks import TensorGroup
-from ghostcacher.codecs.grouping import check_finite, grid, group_axis, grouped, grouped_shape
+from ghostcacher.codecs.fused import restored
+from ghostcacher.codecs.grouping import GROUP_TOKENS, check_finite, grid, group_axis, grouped, grouped_shape
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.symbols import runs
 
+Parts = Mapping[str, torch.Tensor]
 Unpack = Callable[[slice, torch.Tensor], None]
 """Writes the codes of some layers into fp32 memory, `grouped`."""
 
 _AT_ONCE = 2**21
+_BYTE = 255
 _FP16_EXPONENT = 15
 _SHIFT_LIMIT = 110
 
@@ -55,16 +58,21 @@ def to_codes(group: TensorGroup, tensor: torch.Tensor, steps: int) -> tuple[torc
 
 
 def from_codes(
-    group: TensorGroup, parts: Mapping[str, torch.Tensor], steps: int, into: torch.Tensor, unpack: Unpack
+    group: TensorGroup, parts: Parts, steps: int, codes: torch.Tensor, decoded: torch.Tensor, unpack: Unpack
 ) -> None:
-    """What `to_codes` made, back to values ``[layers, heads, tokens, channels]`` in the layout's dtype.
+    """What `to_codes` made, back to the first tokens of ``decoded`` ``[layers, heads, tokens, channels]``.
 
-    Some layers at a time, through fp32; ``unpack`` writes their codes.
+    ``codes`` are `grouped`, whole or two to a byte. In one pass if `fused` has one, else some layers at a time through
+    fp32, whose codes ``unpack`` writes.
     """
-    axis = group_axis(group)
-    minimum = parts[f"{group.name}.minimum"].unsqueeze(axis).float()
-    step = (parts[f"{group.name}.maximum"].unsqueeze(axis).float() - minimum) / steps
-    shift = parts.get(f"{group.name}.shift")
+    axis, name, is_keys = group_axis(group), group.name, group.spec.role == "keys"
+    minimum = parts[f"{name}.minimum"].float()
+    step = (parts[f"{name}.maximum"].float() - minimum) / steps
+    if restored(codes, minimum, step, decoded, is_keys=is_keys, is_halved=steps < _BYTE):
+        return
+    coded = minimum.shape[2] * (GROUP_TOKENS if is_keys else 1)
+    minimum, step, into = minimum.unsqueeze(axis), step.unsqueeze(axis), decoded[..., :coded, :]
+    shift = parts.get(f"{name}.shift")
     back = None if shift is None else torch.exp2(-shift.float()).view(-1, 1, 1, 1, 1)
     several = runs(len(into), into[0].numel(), _AT_ONCE) if len(into) else []
     room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device="cpu", dtype=torch.float32)
@@ -72,7 +80,7 @@ def from_codes(
         values = room[: run.stop - run.start]
         unpack(run, values)
         # One pass is faster over contiguous channels, two where each row has one number.
-        if group.spec.role == "keys":
+        if is_keys:
             torch.addcmul(minimum[run], values, step[run], out=values)
         else:
             values.mul_(step[run]).add_(minimum[run])

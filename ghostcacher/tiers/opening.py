@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ghostcacher.codecs.fused import COMPILED, compile_all
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
@@ -121,6 +122,8 @@ def open_store(
     shelf = Shelf(stores, config.remote_timeout_seconds, is_read_only=config.role == "reader")
     codecs = (config.memory_codec, config.disk_codec, config.remote_codec)
     chains = {text: CodecChain(codec_named(text, shelf.find), shelf.find) for text in codecs}
+    if COMPILED & {chain.codec.name for chain in chains.values()}:
+        compile_all()
     tiers: list[Tier] = [*_near_tiers(config, chains[config.memory_codec], observe, readers)]
     if directory_store is not None:
         tiers.append(_disk_tier(config, directory_store, chains[config.disk_codec], observe, readers))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.codecs import fused
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
@@ -66,7 +67,17 @@ def test_bits_a_value(codec, bits):
     assert len(blob[0]) < 4096
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.fixture(params=["torch", "numba"])
+def decoder(request, monkeypatch):
+    """What decodes: torch, or one pass of numba's, if it is installed."""
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "compile_all", lambda: None)
+    elif fused.compile_all() is None:
+        pytest.skip('numba is not installed: pip install "ghostcacher[fast]"')
+
+
+@pytest.mark.usefixtures("decoder")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(sorted(CODECS)), st.sampled_from(["keys", "values"]), st.sampled_from([0, 128]),
     st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 10**6), st.floats(-4, 4), st.floats(0, 100),
@@ -79,6 +90,44 @@ def test_coding_what_was_decoded_gives_the_same_bytes(codec, name, start, dtype,
     parts = codec.encode(given_group, tensor, piece)
     again = codec.encode(given_group, codec.decode(given_group, piece, parts), piece)
     assert all(torch.equal(part, again[field]) for field, part in parts.items())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize(("dim", "tokens"), [(16, 64), (64, 128), (128, 200), (96, 64)])
+def test_in_one_pass_and_in_torch_the_same_comes_out(monkeypatch, codec, name, dim, tokens):
+    if fused.compile_all() is None:
+        pytest.skip('numba is not installed: pip install "ghostcacher[fast]"')
+    codec, given_group, piece = CODECS[codec], group(name, dim=dim, dtype="bfloat16"), Piece(0, tokens)
+    tensor = (torch.randn(given_group.shape(tokens)) * 3 + 1).bfloat16()
+    parts = codec.encode(given_group, tensor, piece)
+    poisoned = torch.full(given_group.shape(tokens), torch.nan, dtype=torch.bfloat16)
+    found = codec.decode(given_group, piece, parts, lambda _shape, _dtype: poisoned)
+    assert found.data_ptr() == poisoned.data_ptr()
+    monkeypatch.setattr(fused, "compile_all", lambda: None)
+    plain = codec.decode(given_group, piece, parts)
+    # torch may multiply and add in one rounding: where the two cancel, that is all that is left.
+    assert torch.allclose(found.float(), plain.float(), rtol=2**-7, atol=1e-5)
+    assert (found == plain).float().mean() > 0.99
+
+
+def test_without_a_compiler_numba_is_left_alone(monkeypatch):
+    numba = pytest.importorskip("numba", reason='numba: pip install "ghostcacher[fast]"')
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert fused.compile_all.__wrapped__() is None
+
+
+def test_where_numba_cannot_keep_what_it_compiled_it_compiles_again(monkeypatch):
+    numba = pytest.importorskip("numba", reason='numba: pip install "ghostcacher[fast]"')
+    kept = numba.njit
+
+    def njit(*given, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function 'int8_keys': no locator available")
+        return kept(*given, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert fused.compile_all.__wrapped__() is not None
 
 
 def test_the_first_tokens_of_a_prefix_do_not_widen_int4():
