@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Puts each of some forty defects into a copy of the package, and sees that a named test fails (10 minutes).
+# Puts each of some forty defects into a copy of the package, and sees that a named test fails (12 minutes).
 defects: $(VENV)/.dev
 	$(BIN)/python -m tests.defects
 
@@ -56,7 +56,7 @@ sweep-oldest: test-oldest
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix.py --write docs/benchmarks.md
 
-# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (10 minutes).
+# What each codec costs on the real model: bits, KL, speed; writes docs/quantisation.md (12 minutes).
 bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/quality.py --write docs/quantisation.md
 

@@ -1,9 +1,10 @@
 """What every codec costs on a real model: bits, quality, speed.
 
-python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME]
+python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME] [--text FILE …]
 
 Four texts that every Python installation has: reference prose, code, a licence, code that is mostly prose. 1,024 tokens
-coded and 256 scored, with the 135M model of the demo, after calibration on six other windows. About 10 minutes.
+coded and 256 scored, with the 135M model of the demo, after calibration on six other windows. About 12 minutes.
+Rates are torch's; then come those of numba's decoders, where it is installed, each beside torch's in turn.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sysconfig
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
 
 from ghostcacher.cli.calibrate import built_in
 from ghostcacher.cli.demo_model import Loaded, load, real_text
+from ghostcacher.codecs import fused
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.tables import Tables
 from ghostcacher.config import DEFAULT_BLOCK_TOKENS
@@ -37,6 +40,7 @@ OTHERS = ("bnb_int8", "bnb_nf4", "bnb_fp4")
 KVT_STEPS = (0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.4, 2.0)
 IN_SHORT_BLOCKS = ("int8", "int4", "ec(0.25)", "ec(0.5)", "ec(1.0)")
 KVT_IN_SHORT_BLOCKS = (0.25, 0.5, 1.0)
+FUSED = ("int8", "int4")
 IN_TURNS = ("int8", "int4", "ec(1.0)")
 KVT_IN_TURNS = 1.0
 LATER_TURNS = 4
@@ -57,6 +61,11 @@ def texts() -> dict[str, str]:
         "licence": (library / "LICENSE.txt").read_text(),
         "documented code": inspect.getsource(doctest),
     }
+
+
+def of_files(paths: Sequence[Path]) -> dict[str, str]:
+    """The texts of ``paths``, of at least 1,536 tokens each."""
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 
 def calibrated(loaded: Loaded) -> Tables:
@@ -91,6 +100,20 @@ def rows(measures: Sequence[Measure]) -> str:
         shares = (m.encode_share, m.decode_share)
         speed = " | ".join("-" if math.isnan(share) or share > NO_WORK else f"{share:.2f}" for share in shares)
         lines.append(f"| `{m.codec}` | {m.bits:.2f} | {kl} | {m.top1:.1%} | {m.perplexity_change:+.2%} | {speed} |")
+    return "\n".join(lines)
+
+
+def in_one_pass(model: torch.nn.Module, replays: Sequence[Replay], again: Sequence[Replay]) -> str:
+    """Decoding in torch and through numba, in Markdown."""
+    if fused.compile_all() is None:
+        return 'numba is not installed: pip install "ghostcacher[fast]"'
+    lines = ["| codec | tokens in a block | torch | numba | ratio |", "|---|--:|--:|--:|--:|"]
+    for codec in FUSED:
+        for tokens, given in ((PREFIX_TOKENS, replays), (DEFAULT_BLOCK_TOKENS, again)):
+            compiled = evaluate(model, codec, given[:1]).decode_share
+            with patch.object(fused, "compile_all", return_value=None):
+                plain = evaluate(model, codec, given[:1]).decode_share
+            lines.append(f"| `{codec}` | {tokens:,} | {plain:.2f} | {compiled:.2f} | {compiled / plain:.1f} |")
     return "\n".join(lines)
 
 
@@ -136,22 +159,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--model")
+    parser.add_argument("--text", type=Path, nargs="+", help="texts to score in place of the built-in ones")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     loaded = load(chosen.model)
     tables = calibrated(loaded)
-    sources = [loaded.tokenizer(text[:CHARACTERS], return_tensors="pt").input_ids for text in texts().values()]
+    scored = of_files(chosen.text) if chosen.text else texts()
+    sources = [loaded.tokenizer(text[:CHARACTERS], return_tensors="pt").input_ids for text in scored.values()]
     ids = [source[:, : PREFIX_TOKENS + SCORED_TOKENS] for source in sources]
-    page = f"torch {torch.__version__}, transformers {transformers.__version__}, {', '.join(texts())}.\n"
+    page = f"torch {torch.__version__}, transformers {transformers.__version__}, {', '.join(scored)}.\n"
     replays = [Replay.of(loaded.model, text, PREFIX_TOKENS, PREFIX_TOKENS) for text in ids]
-    measures = measure(loaded.model, tables, replays)
-    page += f"\n### One block of {PREFIX_TOKENS:,} tokens\n\n{rows(measures)}\n"
-    page += f"\n### Bits at equal KL\n\n{equal_kl(measures)}\n"
     short = [Replay.of(loaded.model, text, PREFIX_TOKENS, DEFAULT_BLOCK_TOKENS) for text in ids]
     codecs = (*IN_SHORT_BLOCKS, *(KvtCodec(step, tables) for step in KVT_IN_SHORT_BLOCKS))
-    again = [evaluate(loaded.model, codec, short) for codec in codecs]
+    with patch.object(fused, "compile_all", return_value=None):
+        measures = measure(loaded.model, tables, replays)
+        again = [evaluate(loaded.model, codec, short) for codec in codecs]
+    page += f"\n### One block of {PREFIX_TOKENS:,} tokens\n\n{rows(measures)}\n"
+    page += f"\n### Bits at equal KL\n\n{equal_kl(measures)}\n"
     page += f"\n### Blocks of {DEFAULT_BLOCK_TOKENS} tokens, the default\n\n{rows(again)}\n"
-    talks = [source[:, :CONVERSATION_TOKENS] for source in sources[:2]]
+    page += f"\n### Decoding in one pass\n\n{in_one_pass(loaded.model, replays, short)}\n"
+    talks = [source[:, :CONVERSATION_TOKENS] for source in sources]
     page += f"\n### Conversations of 512 tokens and 8 turns of 128\n\n{conversations(loaded.model, tables, talks)}\n"
     if not chosen.write:
         print(page)

@@ -43,7 +43,8 @@ def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> 
 class TierStats:
     """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far).
 
-    ``kl_median`` and ``kl_most`` are over the ``certified`` blocks: the KL that was replayed when they were stored.
+    ``kl_quartiles`` are over the ``certified`` blocks: of the KL in nats a token that was replayed when they were
+    stored, the least, the quartiles and the most; empty if there are none.
     ``conflicts`` counts blocks that were not stored because the store holds other values under their key.
     """
 
@@ -62,8 +63,7 @@ class TierStats:
     snapshot_bytes: int = 0
     tokens: int = 0
     certified: int = 0
-    kl_median: float | None = None
-    kl_most: float | None = None
+    kl_quartiles: tuple[float, ...] = ()
     conflicts: int = 0
 
     @property
@@ -189,7 +189,10 @@ def content_counts(index: PrefixIndex) -> tuple[int, int, int]:
     return sum(key.is_snapshot for key in keys), index.snapshot_bytes(), tokens
 
 
-def certified_counts(index: PrefixIndex) -> tuple[int, float | None, float | None]:
-    """How many blocks of ``index`` have a certificate, and the median and the largest KL of those."""
-    found = [entry.kl for entry in index.entries() if entry.kl is not None]
-    return len(found), statistics.median(found) if found else None, max(found, default=None)
+def certified_counts(index: PrefixIndex) -> tuple[int, tuple[float, ...]]:
+    """How many blocks of ``index`` have a certificate, and least, quartiles and most of their KL."""
+    found = sorted(entry.kl for entry in index.entries() if entry.kl is not None)
+    if not found:
+        return 0, ()
+    inner = statistics.quantiles(found, method="inclusive") if len(found) > 1 else 3 * found
+    return len(found), (found[0], *inner, found[-1])

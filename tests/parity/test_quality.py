@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import torch
 from transformers import DynamicCache
@@ -60,7 +61,7 @@ def test_whole_blocks_are_certified_within_the_budget_and_open_ones_exact(models
     assert 0 < certificate.replayed * MARGIN <= BUDGET
     assert (tail.codec["name"], tail.certificate, tail.lossy) == ("raw", None, False)
     assert (stats.codec, stats.lossy, stats.certified) == ("quality(0.05)", True, 3)
-    assert stats.kl_median == stats.kl_most == certificate.replayed
+    assert stats.kl_quartiles == (certificate.replayed,) * 5
 
 
 @pytest.mark.parametrize("quality", [0.3, 0.003])
@@ -161,20 +162,14 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
             if calibrates:
                 store.shelf.put(*learned)
             generate(model, text[:, :end], GhostCache(model, store), new=1)
+            store.flush()
+            stats = store.stats().tiers[0]
     found = headers(tmp_path)
     certified = [header.certificate.replayed for header in found if header.certificate]
     assert len(certified) == 8
     assert certified == sorted(certified)
     assert max(certified) <= BUDGET
-    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
-        cache = GhostCache(model, store)
-        generate(model, text[:, :481], cache, new=1)
-        assert cache.report.cached_tokens == 480
-        held = [(layer.keys[:, :, :448], layer.values[:, :, :448]) for layer in cache.layers]
-    with torch.no_grad():
-        coded = model(text[:, 448:480], past_key_values=DynamicCache(held, config=model.config)).logits[0]
-        exact = model(text[:, :480]).logits[0, 448:]
-    assert 0 < divergence(exact, coded) <= BUDGET
+    assert stats.kl_quartiles == pytest.approx(numpy.quantile(certified, [0, 0.25, 0.5, 0.75, 1]))
 
 
 def test_what_was_restored_without_a_certificate_leaves_no_budget(models, generate, tmp_path):
@@ -205,7 +200,7 @@ def test_other_stores_see_the_certificates(models, generate, tmp_path):
         generate(models("llama"), PROMPT, cache, new=1)
         stats = other.stats().tiers[0]
     assert stats.certified == 3
-    assert stats.kl_most == headers(tmp_path)[0].certificate.replayed
+    assert stats.kl_quartiles[-1] == headers(tmp_path)[0].certificate.replayed
 
 
 def test_replays_are_no_prompts_of_anybodys(models, generate, tmp_path):
