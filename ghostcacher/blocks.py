@@ -14,6 +14,7 @@ import torch
 
 from ghostcacher.keys import BlockKey
 
+CPU = torch.device("cpu")
 TOKENS = -1
 """Stands for the token axis in a `TensorSpec.shape`."""
 
@@ -111,21 +112,22 @@ class Turn:
     sine: torch.Tensor
     interleaved: bool
 
-    def forward(self, keys: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Turned fp32 ``keys`` ``[…, tokens, channels]``, written to other memory ``into`` of any dtype if given."""
-        return self._by(self.sine, keys, into)
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """Turned fp32 ``keys`` ``[…, tokens, channels]``."""
+        return self._by(self.sine, keys)
 
     def back(self, keys: torch.Tensor) -> torch.Tensor:
         """The inverse of `forward`."""
-        return self._by(-self.sine, keys, None)
+        return self._by(-self.sine, keys)
 
-    def _by(self, sine: torch.Tensor, keys: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-        turned, pairs = torch.empty_like(keys) if into is None else into, self.cosine.shape[1]
+    def _by(self, sine: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        turned, pairs = torch.empty_like(keys), self.cosine.shape[1]
+        cosine, sine = self.cosine.to(keys.device), sine.to(keys.device)
         turned[..., 2 * pairs :] = keys[..., 2 * pairs :]
         first, second = self.halves(keys[..., : 2 * pairs])
         to_first, to_second = self.halves(turned[..., : 2 * pairs])
-        to_first.copy_((first * self.cosine).addcmul_(second, sine, value=-1))
-        to_second.copy_((second * self.cosine).addcmul_(first, sine))
+        to_first.copy_((first * cosine).addcmul_(second, sine, value=-1))
+        to_second.copy_((second * cosine).addcmul_(first, sine))
         return turned
 
     def halves(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

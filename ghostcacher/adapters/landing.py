@@ -11,7 +11,7 @@ from ghostcacher.adapters.layers import room_for
 from ghostcacher.adapters.memory import empty
 from ghostcacher.adapters.probe import Shape
 from ghostcacher.adapters.state import CacheState
-from ghostcacher.blocks import KVBlock, TensorGroup
+from ghostcacher.blocks import CPU, KVBlock, TensorGroup
 from ghostcacher.index import Candidate
 
 
@@ -61,6 +61,12 @@ class Landing:
             self._continue_in_own(columns)
         else:
             self._share(columns)
+
+    @property
+    def device(self) -> torch.device:
+        """Where most of what is placed goes: the layers' device if they share one, else the CPU."""
+        devices = {slab.device for slab in self._slabs}
+        return devices.pop() if len(devices) == 1 else CPU
 
     def expect(self, candidates: Sequence[Candidate], rows: tuple[int, ...], pads: int) -> None:
         """What `place` will be given for ``rows``, which begin after ``pads`` columns of padding."""

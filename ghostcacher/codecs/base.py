@@ -18,7 +18,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""Gives memory to decode into, of a shape and dtype, on the CPU; what it holds does not matter."""
+"""Gives memory to decode into, of a shape and dtype, on the device where it is wanted; it may hold anything."""
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -79,6 +79,8 @@ class TensorCodec(Codec, Protocol):
         self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
     ) -> torch.Tensor:
         """``[layers, *spec.shape]`` in the layout's dtype, in memory from ``room`` or shared with ``parts``.
+
+        ``parts`` are on the CPU; what there is to compute is computed where ``room`` is.
 
         Raises:
             BlockError: ``frame``: a part is not what this codec writes.

@@ -101,7 +101,7 @@ class EntropyCodec:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
         order = self._heads(group, piece, coded).order
-        values = by_channel(group, tensor, piece, coded, self.rotation)[..., order]
+        values = by_channel(group, tensor, piece, coded, self.rotation)[..., order.to(tensor.device)]
         mean = values[:, sinks:].mean(dim=1, keepdim=True).bfloat16()
         values = values.sub_(mean)
         values[:, :sinks] = 0.0

@@ -43,7 +43,7 @@ def restored(
     values, half as many tokens or channels if ``is_halved``; the ends fp32 without the axis that runs through a group.
     False: nothing was done.
     """
-    compiled = compile_all() if into.dtype is torch.bfloat16 and into.is_contiguous() else None
+    compiled = compile_all() if into.dtype is torch.bfloat16 and _is_plain(into) else None
     if compiled is None:
         return False
     out = into.view(torch.int16).flatten(0, 1)
@@ -52,6 +52,10 @@ def restored(
     given = (each.flatten(0, 1).contiguous().numpy() for each in (codes, minimum, step))
     compiled[is_keys, is_halved](*given, out.numpy().view("uint16"))
     return True
+
+
+def _is_plain(into: torch.Tensor) -> bool:
+    return into.device.type == "cpu" and into.is_contiguous()
 
 
 @cache

@@ -59,12 +59,14 @@ class Lines:
     def __init__(
         self, heads: Heads, mean: torch.Tensor, slope: torch.Tensor, tokens: int, decoded: torch.Tensor
     ) -> None:
-        self._heads, self._tokens, self._mean, self._slope = heads, tokens, mean, slope
+        self._heads, self._tokens, self._device = heads, tokens, decoded.device
+        self._mean, self._slope = mean.to(decoded.device), slope.to(decoded.device)
         self._dtype, self._places = decoded.dtype, heads.places(decoded[:, :, :tokens])
         self._rows = torch.empty(0, device="cpu")
         self._turns = None
         if heads.turn is not None:
-            self._turns = tuple(part.repeat(1, heads.heads) for part in (heads.turn.cosine, heads.turn.sine))
+            turns = (heads.turn.cosine, heads.turn.sine)
+            self._turns = tuple(part.to(decoded.device).repeat(1, heads.heads) for part in turns)
 
     def room(self, layers: slice) -> torch.Tensor:
         """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens, w]``, used again and again."""
@@ -86,7 +88,7 @@ class Lines:
     def _make_room(self, layers: int) -> None:
         heads, whole = self._heads, torch.contiguous_format
         shape = (layers, heads.groups, self._tokens, sum(heads.sizes))
-        self._rows = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self._rows = torch.empty(shape, dtype=torch.float32, device=self._device)
         self._planes = torch.split(self._rows, heads.sizes, dim=-1)
         # Cast in one piece, then put by head: both at once is half as fast.
         self._casts = [torch.empty_like(plane, dtype=self._dtype, memory_format=whole) for plane in self._planes]

@@ -92,7 +92,8 @@ class Int4Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        packed, axis = parts[f"{group.name}.codes"].view(_unflattened(group, coded)), group_axis(group)
+        packed = parts[f"{group.name}.codes"].to(decoded.device).view(_unflattened(group, coded))
+        axis = group_axis(group)
 
         def unpack(run: slice, values: torch.Tensor) -> None:
             low, high = values.chunk(2, dim=axis)

@@ -61,7 +61,7 @@ class Int8Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        codes = grouped(group, parts[f"{group.name}.codes"])
+        codes = grouped(group, parts[f"{group.name}.codes"].to(decoded.device))
         from_codes(group, parts, STEPS, codes, decoded, lambda run, values: _copy(codes[run], values))
         return put_kept(group, decoded, piece, coded, parts)
 

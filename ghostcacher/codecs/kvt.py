@@ -108,11 +108,11 @@ class KvtCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         table, sinks = self._table(group), sink_tokens(piece, coded)
-        values = by_channel(group, tensor, piece, coded, self._rotation).sub_(table.mean[:, None])
+        values = by_channel(group, tensor, piece, coded, self._rotation).sub_(table.mean.to(tensor.device)[:, None])
         largest = 1.5 * (values.abs().amax() + table.mean.abs().amax() + self.c * table.reach)
         first = tensor[..., :sinks, :].to(sink_dtype(group))
         check_finite(group, first, largest.to(group.spec.torch_dtype))
-        codes = _times(table.analysis, values.transpose(1, 2)).div_(self.c).round_()
+        codes = _times(table.analysis.to(tensor.device), values.transpose(1, 2)).div_(self.c).round_()
         codes[..., :sinks] = 0.0
         if not bool(codes.abs().amax() < CODE_LIMIT):
             raise BlockError("nonfinite", f"{name} holds values far beyond what was calibrated")
@@ -135,12 +135,13 @@ class KvtCodec:
         table = self._table(group)
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         heads = self._heads(group, table, piece, coded)
-        mean, basis, scale = table.in_planes(heads)
+        mean, basis, scale = table.in_planes(heads, decoded.device)
         back = Lines(heads, mean, scale * self.c, coded, decoded)
         for codes in _coder(group, coded).unpack(parts, self._classes(table)):
             small, places, large = codes.in_int8()
             matrices = basis[codes.layers]
-            sums = product(small.view(-1, matrices.shape[2], coded), matrices.flatten(0, 1))
+            given = small.to(decoded.device).view(-1, matrices.shape[2], coded)
+            sums = product(given, matrices.flatten(0, 1))
             rows = back.room(codes.layers)
             rows.view(sums.shape).copy_(sums)
             _add(rows, matrices, places, large)
@@ -191,7 +192,9 @@ def _add(rows: torch.Tensor, basis: torch.Tensor, places: NDArray[np.int64], lar
     if not len(places):
         return
     layers, parts, width, _ = basis.shape
-    layer, part, row, token = map(torch.from_numpy, np.unravel_index(places, (layers, parts, width, rows.shape[2])))
+    indexes = np.unravel_index(places, (layers, parts, width, rows.shape[2]))
+    layer, part, row, token = (torch.from_numpy(index).to(rows.device) for index in indexes)
     for one in runs(len(large), width):
-        added = torch.from_numpy(large[one])[:, None] * basis[layer[one], part[one], row[one]].float()
+        codes = torch.from_numpy(large[one]).to(rows.device)
+        added = codes[:, None] * basis[layer[one], part[one], row[one]].float()
         rows.index_put_((layer[one], part[one], token[one]), added, accumulate=True)

@@ -17,9 +17,9 @@ WIDTH_LIMIT = 1024
 def product(codes: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """``codes`` ``[n, w, tokens]`` and ``basis`` ``[n, w, channels]``, int8: ``[n, tokens, channels]``, whole numbers.
 
-    They are int32, or fp32 where int8 products are not exact. ``w`` is at most `WIDTH_LIMIT`.
+    They are int32, or fp32 where int8 products are not exact, or not on a CPU. ``w`` is at most `WIDTH_LIMIT`.
     """
-    if not _is_exact():
+    if codes.device.type != "cpu" or not _is_exact():
         return torch.bmm(codes.float().transpose(1, 2), basis.float())
     count, _, tokens = codes.shape
     sums = torch.empty((count, tokens, basis.shape[2]), dtype=torch.int32, device="cpu")

@@ -130,7 +130,7 @@ def decode_blob(
         raise
     except (ConfigurationError, MissingExtraError) as error:
         raise BlockError("codec", str(error)) from error
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         raise BlockError("memory", "not enough memory to decode it") from error
     except Exception as error:
         raise BlockError("frame", f"not what its codec writes ({type(error).__name__}: {error})") from error

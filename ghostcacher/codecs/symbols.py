@@ -61,14 +61,14 @@ class Codes:
         layers, rows, columns = self.small.shape
         places = self.places
         if is_turned:
-            for layer, to in zip(self.small, into.view(layers, columns, rows), strict=True):
+            for layer, to in zip(self.small.to(into.device), into.view(layers, columns, rows), strict=True):
                 to.copy_(layer.float().t())
-            at, column = np.divmod(places, columns)
-            places = (at // rows * columns + column) * rows + at % rows
+            row, column = np.divmod(places, columns)
+            places = (row // rows * columns + column) * rows + row % rows
         else:
-            into.view(self.small.shape).copy_(self.small)
+            into.view(self.small.shape).copy_(self.small.to(into.device))
         if len(places):
-            into.view(-1).numpy()[places] = self.large
+            into.view(-1)[torch.from_numpy(places).to(into.device)] = torch.from_numpy(self.large).to(into.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class SymbolCoder:
         Raises:
             BlockError: ``geometry``: a run has 2^31 codes or more, whose places have no number.
         """
+        codes, classes = codes.cpu(), classes.cpu()
         if self.runs and (self.runs[0].stop * self.rows * self.columns) >= PLACES_LIMIT:
             raise BlockError("geometry", f"{self.name}: {self.rows * self.columns} codes in a layer of one block")
         frames: list[_Frame] = []

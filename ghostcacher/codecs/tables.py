@@ -85,19 +85,20 @@ class Table:
     def _scaled(self) -> torch.Tensor:
         return self.basis.double() * self.scale.double().view(*self.basis.shape[:3], 1)
 
-    def in_planes(self, heads: Heads) -> Restoring:
+    def in_planes(self, heads: Heads, device: torch.device) -> Restoring:
         """This table as decoding with ``heads`` wants it. Kept: making it costs as much as decoding a block."""
-        kept = self._in_planes.get((heads.heads, heads.channels))
+        kept = self._in_planes.get((heads.heads, heads.channels, device))
         if kept is None:
             layers, parts, width, _ = self.basis.shape
             order = heads.order
             basis = self.basis[:, :, order].transpose(2, 3).contiguous()
             mean, scale = (each.view(layers, parts, width)[..., order] for each in (self.mean, self.scale))
-            kept = self._in_planes[heads.heads, heads.channels] = Restoring(mean, basis, scale)
+            kept = Restoring(mean.to(device), basis.to(device), scale.to(device))
+            self._in_planes[heads.heads, heads.channels, device] = kept
         return kept
 
     @cached_property
-    def _in_planes(self) -> dict[tuple[int, int], Restoring]:
+    def _in_planes(self) -> dict[tuple[int, int, torch.device], Restoring]:
         return {}
 
     def fits(self, group: TensorGroup) -> bool:

@@ -66,16 +66,16 @@ def from_codes(
     fp32, whose codes ``unpack`` writes.
     """
     axis, name, is_keys = group_axis(group), group.name, group.spec.role == "keys"
-    minimum = parts[f"{name}.minimum"].float()
-    step = (parts[f"{name}.maximum"].float() - minimum) / steps
+    minimum = parts[f"{name}.minimum"].to(decoded.device).float()
+    step = (parts[f"{name}.maximum"].to(decoded.device).float() - minimum) / steps
     if restored(codes, minimum, step, decoded, is_keys=is_keys, is_halved=steps < _BYTE):
         return
     coded = minimum.shape[2] * (GROUP_TOKENS if is_keys else 1)
     minimum, step, into = minimum.unsqueeze(axis), step.unsqueeze(axis), decoded[..., :coded, :]
     shift = parts.get(f"{name}.shift")
-    back = None if shift is None else torch.exp2(-shift.float()).view(-1, 1, 1, 1, 1)
+    back = None if shift is None else torch.exp2(-shift.to(decoded.device).float()).view(-1, 1, 1, 1, 1)
     several = runs(len(into), into[0].numel(), _AT_ONCE) if len(into) else []
-    room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device="cpu", dtype=torch.float32)
+    room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device=into.device, dtype=torch.float32)
     for run in several:
         values = room[: run.stop - run.start]
         unpack(run, values)

@@ -18,6 +18,9 @@ from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, is_k
 
 SCHEMES = frozenset({"redis", "rediss", "redis+cluster", "rediss+cluster"})
 CONNECT_TIMEOUT_SECONDS = 0.5
+AT_ONCE_SECONDS = 1.0
+"""A read of a cluster that failed within it is tried once more: a node that is gone refuses, a hanging one does not."""
+
 VALUE_LIMIT_BYTES = 512 * 2**20
 LISTED_AT_ONCE = 1000
 _PREFIX = "ghostcacher/v1/"
@@ -32,7 +35,9 @@ class RedisStore:
     """Strings under ``ghostcacher/v1/<namespace>/<key>``.
 
     A server that does not accept a connection within 0.5 s, or does not answer within ``timeout_seconds``, is an error.
-    Nothing is retried but what redis-py sends again to a cluster whose nodes have moved.
+    Nothing is retried but what redis-py sends again to a cluster whose nodes have moved, and reads of a cluster: what
+    one half of its nodes, masters or replicas, fails to give at once is asked of the other half, then and from then on.
+    Values never change: what a replica does not have yet is a miss.
     """
 
     name = "remote"
@@ -50,12 +55,16 @@ class RedisStore:
         self._lock = threading.Lock()
         self._opened: Any = None
         self._has_moved = False
+        self._reads_replicas = False
         retry = importlib.import_module("redis.retry") if _redis() else None
         never = retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0) if retry else None
         self._options: dict[str, Any] = {
             "socket_timeout": timeout_seconds, "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, "retry": never,
             "decode_responses": False,
         }  # fmt: skip
+        if self._is_cluster:
+            # Connections to replicas must say so when they are made; which calls go there is for `_sent` to say.
+            self._replicas = importlib.import_module("redis.cluster").LoadBalancingStrategy.ROUND_ROBIN_REPLICAS
         problem = self._problem()
         if problem:
             raise ConfigurationError(f"remote={_shown(url)!r} {problem}; write redis://host:6379/0")
@@ -67,7 +76,7 @@ class RedisStore:
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
     ) -> Mapping[str, Buffer | StoreError]:
         """See `Store.get_many`."""
-        found = self._pipelined("read", keys, lambda pipe, name: pipe.getrange(name, 0, limit_bytes - 1))
+        found = self._pipelined("read", keys, lambda pipe, name: pipe.getrange(name, 0, limit_bytes - 1), reads=True)
         values: dict[str, Buffer | StoreError] = {}
         for key, value in zip(keys, found, strict=True):
             if isinstance(value, Exception):
@@ -95,7 +104,7 @@ class RedisStore:
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""
-        found = self._all_well("look up", keys, lambda pipe, name: pipe.exists(name))
+        found = self._all_well("look up", keys, lambda pipe, name: pipe.exists(name), reads=True)
         return frozenset(key for key, is_there in zip(keys, found, strict=True) if is_there)
 
     def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
@@ -141,8 +150,11 @@ class RedisStore:
         """The client, which makes its connections when they are needed; a cluster's asks for its nodes at once."""
         with self._lock:
             if self._opened is None:
-                make = _redis().RedisCluster if self._is_cluster else _redis().Redis
-                self._opened = make.from_url(self._url, **self._options)
+                if self._is_cluster:
+                    options = {**self._options, "load_balancing_strategy": self._replicas}
+                    self._opened = _redis().RedisCluster.from_url(self._url, **options)
+                else:
+                    self._opened = _redis().Redis.from_url(self._url, **self._options)
             return self._opened
 
     def _current(self) -> Any:
@@ -155,30 +167,44 @@ class RedisStore:
             client.nodes_manager.initialize()
         return client
 
-    def _pipelined(self, what: str, keys: Sequence[str], add: Callable[[Any, str], object]) -> list[Any]:
+    def _pipelined(
+        self, what: str, keys: Sequence[str], add: Callable[[Any, str], object], *, reads: bool = False
+    ) -> list[Any]:
         """Answers to one command for each key, exceptions among them."""
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
+        began = time.monotonic()
         with _as_store_errors(what):
-            return self._sent(names, add)
+            try:
+                answers = self._sent(names, add, reads=reads)
+            except Exception:
+                if not (reads and self._is_cluster) or time.monotonic() - began > AT_ONCE_SECONDS:
+                    raise
+                answers = self._sent(names, add, reads=reads)
+        return answers
 
-    def _sent(self, names: Sequence[str], add: Callable[[Any, str], object]) -> list[Any]:
+    def _sent(self, names: Sequence[str], add: Callable[[Any, str], object], *, reads: bool) -> list[Any]:
         try:
             pipe = self._current().pipeline(transaction=False)
+            if self._is_cluster and not (reads and self._reads_replicas):
+                pipe.load_balancing_strategy = None
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
         except Exception:
             self._has_moved = True
+            self._reads_replicas ^= reads
             raise
         self._has_moved = any(isinstance(answer, Exception) for answer in answers)
+        self._reads_replicas ^= reads and self._has_moved
         return answers
 
     def _all_well(
-        self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object]
-    ) -> list[Any]:
-        answers = self._pipelined(what, list(keys), add)
+        self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object], *,
+        reads: bool = False,
+    ) -> list[Any]:  # fmt: skip
+        answers = self._pipelined(what, list(keys), add, reads=reads)
         if failed := next((answer for answer in answers if isinstance(answer, Exception)), None):
             raise _error(what, failed)
         return answers

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
-from ghostcacher.blocks import KVBlock, KVLayout
+import torch
+
+from ghostcacher.blocks import CPU, KVBlock, KVLayout
 from ghostcacher.codecs.safetensors_format import CodecChain, Coded
 from ghostcacher.gate import Line
 from ghostcacher.index import PrefixIndex
@@ -133,10 +135,11 @@ class Tier(Protocol):
 
     def fetch(
         self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
-        timeout_seconds: float | None = None,
+        timeout_seconds: float | None = None, device: torch.device = CPU,
     ) -> frozenset[bytes]:  # fmt: skip
         """Hand the verified blocks of ``keys`` to ``place``; returns the digests of those handed over.
 
+        ``device`` is where they are wanted: what is to be computed may be computed there.
         A block that is missing, does not verify, or is not there within ``timeout_seconds`` is left out. An exception
         of ``place`` is raised.
 

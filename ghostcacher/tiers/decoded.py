@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.blocks import CPU, KVBlock, KVLayout
 from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
@@ -51,7 +51,7 @@ class DecodedTier:
 
     def fetch(
         self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
-        timeout_seconds: float | None = None,
+        timeout_seconds: float | None = None, device: torch.device = CPU,
     ) -> frozenset[bytes]:  # fmt: skip
         """See `Tier.fetch`."""
         found = [

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from ghostcacher.blocks import KVLayout
+import torch
+
+from ghostcacher.blocks import CPU, KVLayout
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
 from ghostcacher.codecs.registry import record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, Coded, decode_blob
@@ -40,8 +42,8 @@ BATCH_BLOCKS = 2
 class _PerThread(threading.local):
     """What each reader of one fetch decodes into."""
 
-    def __init__(self) -> None:
-        self.scratch = Scratch()
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = Scratch(device)
 
 
 class EncodedTier:
@@ -89,11 +91,11 @@ class EncodedTier:
 
     def fetch(
         self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
-        timeout_seconds: float | None = None,
+        timeout_seconds: float | None = None, device: torch.device = CPU,
     ) -> frozenset[bytes]:  # fmt: skip
         """See `Tier.fetch`, on several threads: a local store block by block, a remote one in one batch for each."""
         placed: set[bytes] = set()
-        own = _PerThread()
+        own = _PerThread(device)
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
         allowed_seconds = min(self.timeout_seconds, timeout_seconds or self.timeout_seconds)
         failures: list[StoreError] = []
@@ -103,6 +105,7 @@ class EncodedTier:
             for key, blob in self._read(batch, limit_bytes, allowed_seconds, failures):
                 if self._place(key, blob, layout, place, own.scratch, exact_only=exact_only):
                     placed.add(key.digest)
+            own.scratch.settle()
 
         with self.index.pinned([key.digest for key in keys]):
             self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))

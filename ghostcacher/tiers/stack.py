@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from ghostcacher.blocks import KVBlock, KVLayout
+import torch
+
+from ghostcacher.blocks import CPU, KVBlock, KVLayout
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import ConfigurationError
 from ghostcacher.events import CacheEvent, CacheReport, EventKind, Observer, tell
@@ -138,12 +140,13 @@ class TierStack:
         return legs
 
     def fetch(
-        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, timeout_seconds: float | None = None
-    ) -> Fetched:
+        self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, timeout_seconds: float | None = None,
+        device: torch.device = CPU,
+    ) -> Fetched:  # fmt: skip
         """Hand the verified blocks of ``keys`` to ``place``, on any thread, in any order, each tier in one call.
 
-        May give fewer than asked for; see `Fetched.leading` for what is a prefix. No tier is waited for longer than
-        ``timeout_seconds``, or its own limit.
+        What is decoded is decoded on ``device``, where it is wanted. May give fewer than asked for; see
+        `Fetched.leading` for what is a prefix. No tier is waited for longer than ``timeout_seconds``, or its own limit.
 
         Raises:
             StoreError: only in a strict store.
@@ -159,7 +162,9 @@ class TierStack:
         for tier in self.tiers:
             held = [key for key in keys if key.digest not in sources and key.digest in tier.index]
             if held:
-                placed = tier.fetch(held, layout, noting, exact_only=self._exact_only, timeout_seconds=timeout_seconds)
+                placed = tier.fetch(
+                    held, layout, noting, exact_only=self._exact_only, timeout_seconds=timeout_seconds, device=device
+                )
                 sources.update(dict.fromkeys(placed, tier.name))
         return Fetched(sources, frozenset(lossy))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -46,6 +47,34 @@ def test_f45_a_server_that_pauses_costs_its_deadline_and_comes_back(models, gene
         out, cached = ask(generate, model, store)
         assert torch.equal(out, expected)
         assert cached == 199
+
+
+def test_f45_a_master_cut_off_from_its_cluster_and_back(models, generate, redis_cluster):
+    """Stopped, as by a partition: clients hear nothing, its replica is elected, and it returns as one of these."""
+    model, url = models("llama"), redis_cluster[0].url.replace("redis://", "redis+cluster://")
+    expected, cached = generate(model, PROMPT, new=2), []
+    with opened(url) as store:
+        ask(generate, model, store)
+        time.sleep(1.5)  # replicas follow
+        client = store.tiers[0].store._store._store._client()
+        key = next(iter(store.tiers[0].entries())).store_key
+        port = client.get_node_from_key(f"ghostcacher/v1/{key}").port
+        victim = next(node for node in redis_cluster if node.port == port).process
+        victim.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(20):
+                out, found = ask(generate, model, store)
+                assert torch.equal(out, expected)
+                cached.append(found)
+                time.sleep(0.5)
+        finally:
+            victim.send_signal(signal.SIGCONT)
+        assert cached[-1] == 199
+        for _ in range(6):
+            out, found = ask(generate, model, store)
+            assert torch.equal(out, expected)
+            time.sleep(0.5)
+        assert found == 199
 
 
 def test_f46_slots_that_move_while_prompts_come(models, generate, redis_cluster):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -169,7 +169,7 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
     assert len(certified) == 8
     assert certified == sorted(certified)
     assert max(certified) <= BUDGET
-    assert stats.kl_quartiles == pytest.approx(numpy.quantile(certified, [0, 0.25, 0.5, 0.75, 1]))
+    assert stats.kl_quartiles == pytest.approx(np.quantile(certified, [0, 0.25, 0.5, 0.75, 1]))
 
 
 def test_what_was_restored_without_a_certificate_leaves_no_budget(models, generate, tmp_path):
