@@ -25,10 +25,11 @@ VALUE_LIMIT_BYTES = 512 * 2**20
 LISTED_AT_ONCE = 1000
 _PREFIX = "ghostcacher/v1/"
 _CLUSTER = "+cluster"
-_OUTAGES = frozenset(
-    {"BusyLoadingError", "ClusterDownError", "MasterDownError", "TryAgainError", "AuthenticationError"}
-)
-"""Answers of a server that will not do anything now; others say no to what was asked."""
+_OUTAGES = frozenset({"BusyLoadingError", "MasterDownError", "AuthenticationError"})
+"""Answers of a server that will not do anything for a while; others say no to what was asked."""
+
+_WHOLE_CLUSTER = frozenset({"ClusterDownError", "TryAgainError"})
+"""Said at once, by every node alike, for the second or two in which a cluster elects a master or moves slots."""
 
 
 class RedisStore:
@@ -174,30 +175,33 @@ class RedisStore:
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
-        began = time.monotonic()
-        with _as_store_errors(what):
+        from_replicas = reads and self._reads_replicas
+        until = time.monotonic() + (AT_ONCE_SECONDS if reads and self._is_cluster else 0.0)
+        with _as_store_errors(what, is_there=not reads and self._reads_replicas):
             try:
-                answers = self._sent(names, add, reads=reads)
-            except Exception:
-                if not (reads and self._is_cluster) or time.monotonic() - began > AT_ONCE_SECONDS:
+                answers = self._sent(names, add, from_replicas=from_replicas)
+            except Exception as error:
+                if not _asks_others([error], until):
                     raise
-                answers = self._sent(names, add, reads=reads)
-        return answers
+            else:
+                if not _asks_others([answer for answer in answers if isinstance(answer, Exception)], until):
+                    return answers
+            answers = self._sent(names, add, from_replicas=not from_replicas)
+            self._reads_replicas = not from_replicas
+            return answers
 
-    def _sent(self, names: Sequence[str], add: Callable[[Any, str], object], *, reads: bool) -> list[Any]:
+    def _sent(self, names: Sequence[str], add: Callable[[Any, str], object], *, from_replicas: bool) -> list[Any]:
         try:
             pipe = self._current().pipeline(transaction=False)
-            if self._is_cluster and not (reads and self._reads_replicas):
+            if self._is_cluster and not from_replicas:
                 pipe.load_balancing_strategy = None
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
         except Exception:
             self._has_moved = True
-            self._reads_replicas ^= reads
             raise
         self._has_moved = any(isinstance(answer, Exception) for answer in answers)
-        self._reads_replicas ^= reads and self._has_moved
         return answers
 
     def _all_well(
@@ -206,8 +210,14 @@ class RedisStore:
     ) -> list[Any]:  # fmt: skip
         answers = self._pipelined(what, list(keys), add, reads=reads)
         if failed := next((answer for answer in answers if isinstance(answer, Exception)), None):
-            raise _error(what, failed)
+            raise _error(what, failed, is_there=not reads and self._reads_replicas)
         return answers
+
+
+def _asks_others(failed: Sequence[Exception], until: float) -> bool:
+    """Whether other nodes may know what these did not say, and there is time to ask them."""
+    says_all = any(type(error).__name__ in _WHOLE_CLUSTER for error in failed)
+    return bool(failed) and not says_all and time.monotonic() < until
 
 
 def _redis() -> Any:
@@ -218,20 +228,23 @@ def _redis() -> Any:
 
 
 @contextlib.contextmanager
-def _as_store_errors(what: str) -> Iterator[None]:
+def _as_store_errors(what: str, *, is_there: bool = False) -> Iterator[None]:
     """Whatever the client raises as our own error, not chained to it: see `_error`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 (redis-py's have several roots: RedisClusterException is no RedisError)
-        raise _error(what, error) from None
+        raise _error(what, error, is_there=is_there) from None
 
 
-def _error(what: str, error: BaseException) -> StoreError:
-    """Without the client's words, and never chained to them: they may repeat what was sent, a password included."""
+def _error(what: str, error: BaseException, *, is_there: bool = False) -> StoreError:
+    """Without the client's words, and never chained to them: they may repeat what was sent, a password included.
+
+    ``is_there``: others of the cluster's nodes are, which a breaker must know: what they hold can be read.
+    """
     name = type(error).__name__
     answers = importlib.import_module("redis.exceptions").ResponseError
-    kind = StoreRefusedError if isinstance(error, answers) and name not in _OUTAGES else StoreError
-    kind = StoreTimeoutError if "Timeout" in name else kind
+    says_no = is_there or (isinstance(error, answers) and name not in _OUTAGES)
+    kind = StoreRefusedError if says_no else StoreTimeoutError if "Timeout" in name else StoreError
     return kind(f"cannot {what} at Redis: {name}")
 
 

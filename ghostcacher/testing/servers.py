@@ -91,7 +91,10 @@ def redis_cluster(folder: Path, masters: int = 3) -> Iterator[list[RedisServer]]
         FileNotFoundError: neither Redis nor Valkey is installed.
         TimeoutError: it does not form.
     """
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0")
+    options = (
+        "--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0",
+        "--repl-diskless-sync-delay", "0",
+    )  # fmt: skip
     servers: list[RedisServer] = []
     try:
         for number in range(2 * masters):

@@ -46,7 +46,7 @@ class BreakerStore:
             return {}
         return self._asked(
             lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
-            lambda values: any(isinstance(value, StoreError) for value in values.values()),
+            lambda values: any(map(_is_failure, values.values())),
         )
 
     def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
@@ -109,3 +109,7 @@ class BreakerStore:
             self._failures += 1
             if self._failures >= FAILURES and (is_probe or self._out_until is None):
                 self._out_until = self._clock() + self._pause_seconds
+
+
+def _is_failure(value: Buffer | StoreError) -> bool:
+    return isinstance(value, StoreError) and not isinstance(value, StoreRefusedError)

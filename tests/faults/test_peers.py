@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import ghostcacher
-from ghostcacher import GhostCache
+from ghostcacher import GhostCache, serving
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.media import _media_ids
 from ghostcacher.errors import StoreError
-from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.index import PrefixIndex
 from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.testing.images import IMAGE_START, image_inputs, random_image, tiny_image_model
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 PROMPT = random_prompt(100, seed=3)
+PEFT = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
 def opened(directory, **options):
@@ -81,6 +82,7 @@ def test_p01_reading_what_is_being_written_and_deleted(models, generate, tmp_pat
     assert max(found) > 0
 
 
+@PEFT
 def test_p02_adapters_of_one_name_and_other_weights(ask, tmp_path):
     peft = pytest.importorskip("peft", reason="`make test` installs peft")
 
@@ -115,13 +117,13 @@ def test_p03_memory_that_ends_in_the_middle_of_a_prefix(models, ask, tmp_path, m
 
 def test_p04_one_model_in_several_dtypes(ask, generate, tmp_path):
     models = [tiny_model("llama", dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    with opened(tmp_path) as store:
-        for first, second in itertools.permutations(models, 2):
-            store.purge()
+    for number, (first, second) in enumerate(itertools.permutations(models, 2)):
+        with opened(tmp_path / str(number)) as store:
             ask(first, store)
             cache = GhostCache(second, store)
             assert torch.equal(generate(second, PROMPT, cache), generate(second, PROMPT))
             assert cache.report.cached_tokens == 0
+            assert ghostcacher.lookup(first, PROMPT[0].tolist(), store).tokens == 99
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "ec(0.25)"])
@@ -136,8 +138,8 @@ def test_p04_state_that_was_stored_in_fewer_bits(models, ask, generate, tmp_path
 
 
 @pytest.mark.parametrize("tiers", [
-    {"memory": "8MiB", "disk": None}, {"disk": "1GiB"}, {"disk": None, "remote": "memory://peers"},
-    {"memory": "8MiB", "disk": "1GiB", "remote": "memory://peers"},
+    {"memory": "8MiB", "disk": None}, {"disk": "1GiB"}, {"disk": None, "remote": "memory://alone"},
+    {"memory": "8MiB", "disk": "1GiB", "remote": "memory://beside"},
 ])  # fmt: skip
 def test_p05_p17_a_salt_holds_in_every_tier(models, ask, tmp_path, tiers):
     """And with a salt that is another one's prefix, an empty one, or the name of an adapter or of the model."""
@@ -150,7 +152,7 @@ def test_p05_p17_a_salt_holds_in_every_tier(models, ask, tmp_path, tiers):
             assert sum(tier.hits for tier in store.stats().tiers) == 7
 
 
-def test_p06_embeddings_in_place_of_tokens(models, ask, generate, tmp_path):
+def test_p06_embeddings_in_place_of_tokens(models, ask, tmp_path):
     model = models("llama")
     embedded = model.get_input_embeddings()(PROMPT).detach()
     other = embedded.clone()
@@ -158,10 +160,11 @@ def test_p06_embeddings_in_place_of_tokens(models, ask, generate, tmp_path):
     with opened(tmp_path) as store:
         ask(model, store)
         for given in (embedded, other):
-            cold = generate(model, None, new=4, inputs_embeds=given, attention_mask=torch.ones_like(PROMPT))
+            options = {"inputs_embeds": given, "attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 4}
+            cold = model.generate(do_sample=False, **options)
             cache = GhostCache(model, store)
-            warm = generate(model, None, cache, new=4, inputs_embeds=given, attention_mask=torch.ones_like(PROMPT))
-            assert torch.equal(warm, cold)
+            assert torch.equal(model.generate(do_sample=False, past_key_values=cache, **options), cold)
+            assert cache.report.cached_tokens == 0
             store.flush()
             assert ask(model, store).cached_tokens == 99
 
@@ -189,7 +192,8 @@ def test_p07_what_could_not_be_stored_is_not_there(models, ask, tmp_path, monkey
         assert ask(model, store).cached_tokens == 99
 
 
-def test_p08_many_conversations_paged_to_disk_keep_apart(models, ask, tmp_path):
+def test_p08_many_conversations_paged_to_disk_keep_apart(models, ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "worth_tokens", lambda legs, *_: legs[-1].end_tokens if legs else 0)
     model, opening = models("llama"), random_prompt(32, seed=9)
     talks = [torch.cat([opening, random_prompt(70, seed=seed)], dim=1) for seed in range(20, 32)]
     with opened(tmp_path, memory="100KiB", disk="1GiB") as store:
@@ -238,7 +242,7 @@ def test_p12_a_load_that_fails_after_it_was_promised(recipe, models, ask, tmp_pa
 
     def failing(store, keys, **options):
         found = dict(get_many(store, keys, **options))
-        return {key: StoreError("it went away") if next(calls) == fails_at else value for key, value in found.items()}
+        return {key: StoreError("it went away") if next(calls) >= fails_at else value for key, value in found.items()}
 
     with opened(tmp_path) as store:
         ask(model, store)
@@ -250,14 +254,14 @@ def test_p12_a_load_that_fails_after_it_was_promised(recipe, models, ask, tmp_pa
 
 
 def test_p13_an_eviction_that_fails_once_does_not_end_eviction(models, ask, tmp_path, monkeypatch):
-    model, victims, calls = models("llama"), LeastRecentlyUsed.victims, itertools.count()
+    model, victims, calls = models("llama"), PrefixIndex.victims, itertools.count()
 
-    def failing(policy, *given, **options):
+    def failing(index, *given, **options):
         if next(calls) == 0:
             raise ValueError("no salt was given")
-        return victims(policy, *given, **options)
+        return victims(index, *given, **options)
 
-    monkeypatch.setattr(LeastRecentlyUsed, "victims", failing)
+    monkeypatch.setattr(PrefixIndex, "victims", failing)
     with opened(tmp_path, disk="200KiB") as store:
         for seed in range(12):
             ask(model, store, random_prompt(64, seed=seed), new=1)
@@ -316,6 +320,7 @@ def test_p16_images_whose_digests_end_alike(tmp_path):
         assert cache.report.cached_tokens > len(range(2, 23)) + 1
 
 
+@PEFT
 def test_p17_a_salt_that_is_an_adapters_name(ask, tmp_path):
     peft = pytest.importorskip("peft", reason="`make test` installs peft")
     torch.manual_seed(1)
@@ -348,9 +353,9 @@ def test_p19_processes_with_other_hash_seeds_find_what_one_stored(tmp_path):
             [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True,
             env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout.split()
-        for seed in ("0", "1", "random")
+        for seed in ("1", "random")
     ]  # fmt: skip
-    assert found == [["0"], ["99"], ["99"]]
+    assert found == [["0"], ["99"]]
 
 
 def test_p20_weights_updated_in_place_and_back(ask, tmp_path):
