@@ -42,6 +42,7 @@ class StoreConfig:
     quota_bytes: int | None = None
     remote_timeout_seconds: float = REMOTE_TIMEOUT_SECONDS
     single_flight_seconds: float | None = None
+    audit_share: float = 0.0
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -64,6 +65,7 @@ class StoreConfig:
         namespace_quota: int | str | None = None,
         key: Secret | Sequence[Secret] | None = None,
         single_flight: float | None = None,
+        audit: float = 0.0,
         environment: Mapping[str, str] = os.environ,
     ) -> Self:
         """Turn the arguments of ``open_store`` and the environment into numbers and paths.
@@ -97,6 +99,7 @@ class StoreConfig:
             quota_bytes=None if namespace_quota is None else parse_bytes(namespace_quota),
             remote_timeout_seconds=_timeout_seconds(environment),
             single_flight_seconds=_checked_wait(single_flight),
+            audit_share=_checked_share(audit),
             secrets=read_keyring(key, environment),
         )
 
@@ -140,6 +143,12 @@ def _memory_bytes(memory: int | str | None) -> int | None:
     if memory == "auto":
         return min(AUTO_MEMORY_LIMIT_BYTES, int(physical_memory_bytes() * AUTO_MEMORY_SHARE))
     return parse_bytes(memory)
+
+
+def _checked_share(audit: float) -> float:
+    if isinstance(audit, bool) or not isinstance(audit, int | float) or not 0 <= audit <= 1:
+        raise ConfigurationError(f"audit={audit!r}: a share of the prompts, from 0 to 1; 0.01 is one in a hundred")
+    return float(audit)
 
 
 def _checked_block_tokens(block_tokens: int) -> int:

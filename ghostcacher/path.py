@@ -14,6 +14,7 @@ from ghostcacher.adapters.capture import Row
 from ghostcacher.adapters.media import media_of
 from ghostcacher.adapters.positions import last_positions
 from ghostcacher.adapters.ranks import Votes
+from ghostcacher.adapters.rerun import recomputed
 from ghostcacher.adapters.state import past_of
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.config import is_disabled
@@ -115,6 +116,7 @@ class Path:
             session.is_current = self._currency(rows)
             is_replayable = session.store.has_budget and not self.call.media and self.shared_columns is None
             session.guard = self.adapter.guard(self.module) if is_replayable else None
+            session.is_sound = session.store.auditing.belief()
             session.last_positions = last_positions(self.call.arguments.get("position_ids"))
             self._expect(session, rows, is_lossy=is_lossy)
             columns = self._run_pieces(session, rows, served.columns, base=0)
@@ -126,9 +128,18 @@ class Path:
                 raise
             return self._run_cold(session, f"internal error ({type(error).__name__}: {error})", past)
         self.publish(session, self._report(rows, served, have, is_lossy=is_lossy))
+        if served.columns > have and session.store.auditing.wants():
+            self._audit(session, rows[0], served.columns)
         if not session.state.needs_pieces:
             session.prefilling = (time.perf_counter(), (self.call.width - columns) * self.call.rows)
         return columns
+
+    def _audit(self, session: Session, row: Row, columns: int) -> None:
+        """Have what was served of ``row`` computed again, if that can be done beside others."""
+        guard = None if self.call.media or self.shared_columns is not None else self.adapter.guard(self.module)
+        if guard is not None:
+            chain = row.chain.cut(columns - row.pads)
+            session.store.auditing.audit(chain, lambda: recomputed(guard, chain))
 
     def _read_media(self) -> None:
         media = media_of(self.call.arguments, self.call.input_ids, self.module.config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ghostcacher.adapters.capture import Row, RowCapture
+from ghostcacher.adapters.capture import Row, RowCapture, always
 from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.positions import follow, last_positions
 from ghostcacher.adapters.state import CacheState, Held, Snapshot
@@ -17,10 +17,6 @@ from ghostcacher.keys import PrefixChain, common_tokens
 from ghostcacher.tiers.stack import TierStack
 
 CAPTURE_STEP_TOKENS = 16
-
-
-def _always() -> bool:
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +38,8 @@ class Session:
     stored, ``wanted_columns`` is where more are wanted. ``last_positions`` are the positions of the last column, and
     ``follows`` is whether those of later steps went on from them: a scalar on their device. ``is_current`` asks whether
     the model still is what it was when the prompt began. ``guard`` runs it again, for tiers that have a budget.
-    ``prefilling`` is when the prompt's own forward began, and how many tokens it computes: its end shows when the next
-    step begins, whatever the device.
+    ``is_sound`` asks whether what was restored is still believed. ``prefilling`` is when the prompt's own forward
+    began, and how many tokens it computes: its end shows when the next step begins, whatever the device.
     """
 
     store: TierStack
@@ -63,8 +59,9 @@ class Session:
     lossy_from: int | None = None
     last_positions: torch.Tensor | None = None
     follows: torch.Tensor | None = None
-    is_current: Callable[[], bool] = _always
+    is_current: Callable[[], bool] = always
     guard: Guard | None = None
+    is_sound: Callable[[], bool] = always
     prefilling: tuple[float, int] | None = None
     expected: Expected | None = None
     is_running_pieces: bool = False
@@ -151,8 +148,8 @@ class Session:
         self.last_positions = last_positions(positions)
 
     def shared_columns(self, rows: Sequence[Row]) -> int:
-        """Leading columns that hold exactly what ``rows`` begin with."""
-        held = self.read()
+        """Leading columns that hold exactly what ``rows`` begin with, and are still believed."""
+        held = self.read() if self.is_sound() else ()
         if not held or [row.pads for row in held] != [row.pads for row in rows]:
             return 0
         shared = min((_shared(old, new) for old, new in zip(held, rows, strict=True)), default=0)
@@ -214,7 +211,7 @@ class Session:
         return RowCapture.of(
             held, self.layout, number, row, tuple(ids[number] for ids in self.noted), max(0, end - row.pads),
             first_token=max(0, self.stored_columns - row.pads), snapshots=self.snapshots, lossy_from=self.lossy_from,
-            trims_repeats=trims_repeats, follows=self.follows, guard=self.guard,
+            trims_repeats=trims_repeats, follows=self.follows, guard=self.guard, is_sound=self.is_sound,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,11 @@ from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.state import Held, Snapshot
 from ghostcacher.blocks import KVBlock, KVLayout, TensorGroup
 from ghostcacher.keys import BlockKey, PrefixChain
+
+
+def always() -> bool:
+    """Yes."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,14 @@ class RowCapture:
     trims_repeats: bool = False
     follows: torch.Tensor | None = None
     guard: Guard | None = None
+    is_sound: Callable[[], bool] = always
 
     @classmethod
     def of(
         cls, held: Sequence[Held], layout: KVLayout, number: int, row: Row, noted: tuple[torch.Tensor, ...],
         tokens: int, *, first_token: int = 0, snapshots: Mapping[int, Snapshot] | None = None,
         lossy_from: int | None = None, trims_repeats: bool = False, follows: torch.Tensor | None = None,
-        guard: Guard | None = None,
+        guard: Guard | None = None, is_sound: Callable[[], bool] = always,
     ) -> RowCapture:  # fmt: skip
         """``tokens`` tokens of row ``number`` of what the layers hold, with ``snapshots`` of all rows by column."""
         runs = tuple(
@@ -72,7 +78,18 @@ class RowCapture:
             for column, snapshot in (snapshots or {}).items() if column > row.pads
         }  # fmt: skip
         return cls(
-            row.chain, noted, layout, runs, tokens, first_token, taken, lossy_from, trims_repeats, follows, guard
+            row.chain,
+            noted,
+            layout,
+            runs,
+            tokens,
+            first_token,
+            taken,
+            lossy_from,
+            trims_repeats,
+            follows,
+            guard,
+            is_sound,
         )
 
     @property
@@ -92,8 +109,11 @@ class RowCapture:
         return chain if len(chain) <= self.tokens else chain.cut(self.tokens)
 
     def keys(self) -> Sequence[BlockKey]:
-        """See `Capture.keys`. Reads the decoded token ids, and whether they stand where they were counted."""
-        if self.follows is not None and not bool(self.follows):
+        """See `Capture.keys`. Reads the decoded token ids, and whether they stand where they were counted.
+
+        None if what it goes on from has turned out to be a lie.
+        """
+        if not self.is_sound() or (self.follows is not None and not bool(self.follows)):
             return []
         chain = self.chain()
         end = len(chain)

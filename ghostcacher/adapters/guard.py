@@ -54,21 +54,28 @@ class Guard:
 
     def __init__(self, module: Any, shape: Shape) -> None:
         self._module = weakref.ref(module)
-        self._shape = shape
+        self.shape = shape
 
     def trial(self, chain: PrefixChain, end: int) -> Trial | None:
         """Of the tokens before ``end``, the last 32 to be run; None if that cannot be done.
 
-        The model is gone, being trained or compiled in place, there are too few tokens, or some stand for images.
+        There are too few tokens, or the model is not `runnable`.
         """
-        module, prefix_tokens = self._module(), end - REPLAY_TOKENS
-        if module is None or module.training or prefix_tokens <= 0:
+        module, prefix_tokens = self.runnable(chain, end), end - REPLAY_TOKENS
+        return None if module is None or prefix_tokens <= 0 else Trial(module, self.shape, chain, prefix_tokens, end)
+
+    def runnable(self, chain: PrefixChain, end: int) -> Any | None:
+        """The model, if it can be run on the tokens before ``end``.
+
+        It is not gone, being trained or compiled in place, and no token stands for an image.
+        """
+        module = self._module()
+        if module is None or module.training:
             return None
         if module._compiled_call_impl is not None:  # noqa: SLF001 (what nn.Module.compile() sets has no public name)
             return None
-        if max(unpack_tokens(chain.run(0, end))) >= module.get_input_embeddings().num_embeddings:
-            return None
-        return Trial(module, self._shape, chain, prefix_tokens, end)
+        is_text = max(unpack_tokens(chain.run(0, end))) < module.get_input_embeddings().num_embeddings
+        return module if is_text else None
 
 
 def logits_after(module: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Integer codes to bytes: rows of like spread share a zstd frame, small codes share a byte.
 
 Codes come as ``[layers, rows, columns]``. Layers are coded in runs (see `runs`): a run is what is unpacked at once. In
-a run, the rows of one class make one frame, with a Huffman table that fits them. A byte holds 1, 2 or 4 codes of a row,
-whatever makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are listed.
+a run, the rows of one class make one frame, with a Huffman table that fits them. A byte holds 1, 2 or 4 codes, whatever
+makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are listed.
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ class Codes:
         return self.small, self.places[~fits], self.large[~fits]
 
     def put(self, into: torch.Tensor, *, is_turned: bool = False) -> None:
-        """Write them to fp32 memory of that many, or as ``[layers, columns, rows]`` if ``is_turned``.
-
-        That takes a multiple of 4 columns: turning costs by the element, whatever its size, so four codes go as one.
-        """
+        """Write them to fp32 memory of that many, or as ``[layers, columns, rows]`` if ``is_turned``."""
         layers, rows, columns = self.small.shape
         places = self.places
         if is_turned:

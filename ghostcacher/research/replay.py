@@ -10,10 +10,10 @@ import torch
 from transformers import Cache
 
 from ghostcacher.adapters.base import base_module
-from ghostcacher.adapters.capture import Row, RowCapture
 from ghostcacher.adapters.guard import ReplayCache, logits_after
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape, input_device, shape_of
+from ghostcacher.adapters.rerun import taken
 from ghostcacher.blocks import KVBlock
 from ghostcacher.errors import ConfigurationError
 from ghostcacher.index import Candidate
@@ -66,10 +66,6 @@ class Replay:
         return logits_after(self.module, self.rest, cache)
 
 
-def _own(block: KVBlock) -> KVBlock:
-    return KVBlock(block.key, block.layout, tuple(tensor.clone() for tensor in block.tensors))
-
-
 def filled(module: Any, shape: Shape, blocks: Sequence[KVBlock], more_tokens: int) -> ReplayCache:
     """A cache that holds ``blocks``, the whole front of a text, with room for ``more_tokens``."""
     cache, end = ReplayCache(module, shape), max(block.key.end for block in blocks)
@@ -79,14 +75,3 @@ def filled(module: Any, shape: Shape, blocks: Sequence[KVBlock], more_tokens: in
         landing.place(block)
     landing.commit(end)
     return cache
-
-
-def taken(shape: Shape, cache: ReplayCache, chain: PrefixChain, first_token: int = 0) -> tuple[KVBlock, ...]:
-    """The blocks of ``chain`` from ``first_token`` on, and the snapshot at its end, from a cache that holds it."""
-    state = shape.state_of(cache.layers)
-    found = state.snapshot() if state.has_states else None
-    snapshots = {len(chain): found} if found is not None else {}
-    capture = RowCapture.of(
-        state.frozen(), shape.layout, 0, Row(0, chain), (), len(chain), first_token=first_token, snapshots=snapshots
-    )
-    return tuple(_own(capture.block(key)) for key in list(capture.keys()))

@@ -11,6 +11,7 @@ import torch
 from ghostcacher.adapters.base import base_module
 from ghostcacher.adapters.guard import ReplayCache, logits_after
 from ghostcacher.adapters.probe import Shape, input_device, shape_of
+from ghostcacher.adapters.rerun import taken
 from ghostcacher.blocks import KVBlock
 from ghostcacher.codecs.base import TensorCodec
 from ghostcacher.codecs.quality import divergence
@@ -18,7 +19,7 @@ from ghostcacher.codecs.registry import codec_named
 from ghostcacher.errors import ConfigurationError
 from ghostcacher.keys import Namespace, PrefixChain
 from ghostcacher.research.evaluate import coded
-from ghostcacher.research.replay import filled, taken
+from ghostcacher.research.replay import filled
 
 
 @dataclass(frozen=True, slots=True)

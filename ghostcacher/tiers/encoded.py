@@ -107,6 +107,7 @@ class EncodedTier:
                     placed.add(key.digest)
             own.scratch.settle()
 
+        own.scratch.settle()  # what lay before in the memory to be filled may still be in use
         with self.index.pinned([key.digest for key in keys]):
             self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))
         self._counts.add("hits", len(placed))

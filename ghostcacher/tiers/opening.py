@@ -61,6 +61,7 @@ def open_store(
     namespace_quota: int | str | None = None,
     key: Secret | Sequence[Secret] | None = None,
     single_flight: float | None = None,
+    audit: float = 0.0,
     strict: bool = False,  # noqa: FBT001, FBT002 (part of the signature that users were promised)
 ) -> TierStack:
     """Open a store; close it with ``close()`` or as a context manager.
@@ -96,6 +97,9 @@ def open_store(
             what ``$GHOSTCACHER_KEY_FILE`` or ``$GHOSTCACHER_KEY`` say, or no sealing. Needs ``ghostcacher[seal]``.
         single_flight: seconds to wait at most for another process that is computing the same unseen prefix, instead of
             computing it here too; None: not at all. About what the prefix takes to compute is right.
+        audit: share of the served prompts, such as 0.01, that are computed once more from nothing, on the writer's
+            thread beside other forwards, and compared with what exact tiers hold. What differs by more than rounding is
+            deleted, with all that goes on from it, and counted as ``disproved``: a writer lied.
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
@@ -107,7 +111,7 @@ def open_store(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
         role=role, admit=admit, namespace_quota=namespace_quota, key=key,
-        single_flight=single_flight,
+        single_flight=single_flight, audit=audit,
     )  # fmt: skip
     observers: list[Observer] = [LogObserver()]
 

@@ -19,6 +19,7 @@ from ghostcacher.gate import RETRY_SECONDS, Leg
 from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.admission import SecondSight
+from ghostcacher.tiers.auditing import Auditing
 from ghostcacher.tiers.base import Place, Tier
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
@@ -67,6 +68,9 @@ class TierStack:
         self._has_near = any(isinstance(tier, DecodedTier) for tier in tiers)
         self._exact_only = not any(tier.is_lossy for tier in tiers)
         self._flights = flights
+        self.auditing = Auditing(
+            tiers, config.audit_share, writer.submit, self.observe, deletes=config.role != "reader"
+        )
         self._counts = Counts()
         self._pending: list[Capture] = []
         self._pending_changed = threading.Condition()
@@ -236,7 +240,7 @@ class TierStack:
         return StoreStats(
             tuple(tier.stats() for tier in self.tiers), c["prompts"], c["hits"], c["prompt_tokens"],
             c["cached_tokens"], c.beginning("bypass: "), self._writer.queued, self._writer.dropped,
-            self._writer.failed, self._writer.is_healthy,
+            self._writer.failed, self._writer.is_healthy, self.auditing.audited, self.auditing.disproved,
         )  # fmt: skip
 
     def note(self, report: CacheReport) -> None:

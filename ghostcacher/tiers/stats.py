@@ -10,7 +10,7 @@ from ghostcacher.tiers.base import TierStats
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Counts of one store since it was opened."""
+    """Counts of one store since it was opened. ``audited`` are blocks that were computed once more and compared."""
 
     tiers: tuple[TierStats, ...]
     prompts: int
@@ -22,6 +22,8 @@ class StoreStats:
     dropped: int
     failed: int
     healthy: bool
+    audited: int = 0
+    disproved: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For printing as JSON."""

@@ -124,4 +124,7 @@ DEFECTS = (
     Defect("forget codes that int8 does not hold", "codecs/kvt.py", "            _add(rows, matrices, places, large)\n",
            "", "tests/contracts/test_contracts.py -k TestKvtCodec"),
     Defect("swap the halves of a byte", "codecs/kernels.py", "& 15)", ">> 4)", "tests/unit/test_integer_codecs.py"),
+    Defect("take an audit's word for it", "tiers/auditing.py",
+           "        if not bool((_largest(old.cpu().float() - exact.float()) <= allowed).all()):\n",
+           "        if False:\n", "tests/faults/test_audit.py -k f12"),
 )  # fmt: skip
