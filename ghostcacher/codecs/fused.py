@@ -1,7 +1,8 @@
 """numba, where it is installed: decoders of int8 and int4 that make one pass over bf16 state.
 
 They are compiled when a store with such a codec is opened: seconds the first time, then numba has them on disk. Without
-numba everything runs in torch. `ec` and `kvt` have none: theirs took 0.6 of torch's time or more, most of it zstd's.
+numba everything runs in torch. `ec` and `kvt` have none: most of their time is zstd's and the product's, and what is
+left did not make twice the speed.
 """
 
 from __future__ import annotations
