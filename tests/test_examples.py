@@ -102,6 +102,7 @@ def test_the_demo_prints_its_document_and_nothing_else(model, tmp_path):
     assert all(each["bytes"] > 10**8 for each in warm)
 
 
+@pytest.mark.slow
 def test_codecs_are_compared(model, tmp_path):
     folder, codecs = ["--folder", tmp_path], ["--codecs", "int8", "int4"]
     out = run(ROOT / "examples/quantized_research.py", *model, "--prefix-tokens", 128, *folder, *codecs)

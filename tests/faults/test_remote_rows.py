@@ -49,6 +49,7 @@ def test_f45_a_server_that_pauses_costs_its_deadline_and_comes_back(models, gene
         assert cached == 199
 
 
+@pytest.mark.slow
 def test_f45_a_master_cut_off_from_its_cluster_and_back(models, generate, redis_cluster):
     """Stopped, as by a partition: clients hear nothing, its replica is elected, and it returns as one of these."""
     model, url = models("llama"), redis_cluster[0].url.replace("redis://", "redis+cluster://")
@@ -62,10 +63,12 @@ def test_f45_a_master_cut_off_from_its_cluster_and_back(models, generate, redis_
         victim = next(node for node in redis_cluster if node.port == port).process
         victim.send_signal(signal.SIGSTOP)
         try:
-            for _ in range(12):
+            for _ in range(80):  # what hangs opens the breaker, for 5 s and then for 10
                 out, found = ask(generate, model, store)
                 assert torch.equal(out, expected)
                 cached.append(found)
+                if found == 199:
+                    break
                 time.sleep(0.5)
         finally:
             victim.send_signal(signal.SIGCONT)

