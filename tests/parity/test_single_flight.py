@@ -46,6 +46,7 @@ def run_both(generate, folder, **given):
         run("second", two, models[1], prompt(2))
         first.join()
         one.flush()
+        assert not one._flights._held, "what is stored is claimed no longer; closing would give it up too"
     for name, seed in (("first", 1), ("second", 2)):
         assert torch.equal(results[name][0], generate(models[1], prompt(seed), new=3))
     return results["first"][1], results["second"][1]
