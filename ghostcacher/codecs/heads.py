@@ -1,8 +1,8 @@
 """Rows in which state is coded, and back into heads, keys turned as the model had them.
 
 Rope turns channels in pairs. Where keys are coded before it, the first channels of all heads' pairs make one plane, the
-second ones another, and channels that are not turned a third: turning then runs over whole planes. Head by head, in
-pieces of half a head, it took as long as everything else that decoding does.
+second ones another, and channels that are not turned a third: turning then runs over whole planes, not over pieces of
+half a head, of which there are too many to start on each.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Lines:
         shape = (layers, heads.groups, self._tokens, sum(heads.sizes))
         self._rows = torch.empty(shape, dtype=torch.float32, device=self._device)
         self._planes = torch.split(self._rows, heads.sizes, dim=-1)
-        # Cast in one piece, then put by head: both at once is half as fast.
+        # Cast in one piece, then put by head: torch is slow at both at once.
         self._casts = [torch.empty_like(plane, dtype=self._dtype, memory_format=whole) for plane in self._planes]
         self._by_head = [torch.unflatten(cast, 3, (heads.heads, -1)).transpose(2, 3) for cast in self._casts]
         self._turned = torch.empty_like(self._planes[0], memory_format=whole)

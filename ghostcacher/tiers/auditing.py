@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -33,12 +33,13 @@ class Auditing:
     ) -> None:
         self._tiers, self._share, self._submit = tuple(tiers), share, submit
         self._observe, self._deletes = observe, deletes
+        self._chance = secrets.SystemRandom()
         self.audited = 0
         self.disproved = 0
 
     def wants(self) -> bool:
-        """Whether a prompt that was just served is one of them, by chance."""
-        return random.random() < self._share  # noqa: S311 (nobody gains by knowing which)
+        """Whether a prompt that was just served is one of them, by chance that no seed of the caller decides."""
+        return self._share > 0 and self._chance.random() < self._share
 
     def belief(self) -> Callable[[], bool]:
         """Asks whether nothing has been disproved since now: else what was restored by then is not gone on from."""

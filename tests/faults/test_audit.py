@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
 import pytest
 import torch
@@ -159,6 +160,19 @@ def test_a_reader_says_so_and_deletes_nothing(models, generate, tmp_path, monkey
         assert store.stats().disproved > 0
     assert sorted(tmp_path.rglob("*.safetensors")) == held
     assert any(event.reason.startswith("audit") for event in told)
+
+
+def test_chance_is_neither_seeded_nor_used_up(models, generate, tmp_path):
+    """Scripts seed `random`: then all processes would audit the same prompts, and draw other numbers than without."""
+    drawn = []
+    for share in (0.0, 0.5):
+        with opened(tmp_path, audit=share) as store:
+            random.seed(7)
+            drawn.append([store.auditing.wants() for _ in range(200)])
+            ask(generate, models("llama"), store)
+            assert random.random() == random.Random(7).random()
+    assert not any(drawn[0])
+    assert 50 < sum(drawn[1]) < 150
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "all"])

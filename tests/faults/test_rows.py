@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -65,12 +66,14 @@ def test_f32_a_directory_that_is_deleted_under_us_is_made_again(models, generate
         for _ in range(3):
             out, _ = run(generate, model, store)
             assert torch.equal(out, expected)
-            while (tmp_path / "d").exists():  # an answer's last tokens are stored when its cache goes away
+            gc.collect()  # an answer's last tokens are stored when its cache goes away, and the tail that they
+            store.flush()  # replace is deleted: late, that would be the tail which the next prompt has just stored
+            while (tmp_path / "d").exists():
                 shutil.rmtree(tmp_path / "d", ignore_errors=True)
             out, report = run(generate, model, store)
             assert torch.equal(out, expected)
             assert report.cached_tokens == 0
-        assert run(generate, model, store)[1].cached_tokens >= 96
+        assert run(generate, model, store)[1].cached_tokens == 99
 
 
 @pytest.fixture
