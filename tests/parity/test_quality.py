@@ -170,6 +170,15 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
     assert certified == sorted(certified)
     assert max(certified) <= BUDGET
     assert stats.kl_quartiles == pytest.approx(np.quantile(certified, [0, 0.25, 0.5, 0.75, 1]))
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
+        cache = GhostCache(model, store)
+        generate(model, text[:, :481], cache, new=1)
+        assert cache.report.cached_tokens == 480
+        held = [(layer.keys[:, :, :448], layer.values[:, :, :448]) for layer in cache.layers]
+    with torch.no_grad():
+        coded = model(text[:, 448:480], past_key_values=DynamicCache(held, config=model.config)).logits[0]
+        exact = model(text[:, :480]).logits[0, 448:]
+    assert 0 < divergence(exact, coded) <= BUDGET
 
 
 def test_what_was_restored_without_a_certificate_leaves_no_budget(models, generate, tmp_path):

@@ -59,6 +59,7 @@ def test_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster)
                 cached.append(cache.report.cached_tokens)
                 assert not store.tiers[0].store.is_out
                 time.sleep(0.25)
+            assert store.tiers[0].store._store._store._reads_replicas
             assert cached[0] == 199, "a replica has it"
             assert cached[-1] == 199, "and is the master now"
         finally:
