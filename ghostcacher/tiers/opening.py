@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ghostcacher.codecs.fused import COMPILED, compile_all
 from ghostcacher.codecs.registry import codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain
 from ghostcacher.config import Admission, Role, StoreConfig, physical_memory_bytes
-from ghostcacher.errors import StoreError
+from ghostcacher.errors import ConfigurationError, StoreError
 from ghostcacher.events import CacheEvent, LogObserver, Observer, logger, tell
 from ghostcacher.eviction import LeastRecentlyUsed
 from ghostcacher.keyring import Secret
@@ -103,10 +104,11 @@ def open_store(
         strict: raise what goes wrong in a tier instead of counting it as a miss.
 
     Raises:
-        ConfigurationError: an argument is malformed, or the directory cannot be trusted.
+        ConfigurationError: an argument is malformed, the directory cannot be trusted, or this machine is big-endian.
         MissingExtraError: ``remote`` needs a package that is not installed.
         StoreError: the directory cannot be created.
     """
+    _check_byte_order()
     config = StoreConfig.parse(
         directory=directory, device=device, memory=memory, disk=disk, remote=remote, codec=codec,
         remote_codec=remote_codec, quality=quality, block_tokens=block_tokens, salt=salt, strict=strict,
@@ -144,6 +146,11 @@ def default_store() -> TierStack:
         if _default is None:
             _default = open_store()
         return _default
+
+
+def _check_byte_order() -> None:
+    if sys.byteorder != "little":
+        raise ConfigurationError("stored values are little-endian, and this machine is big-endian: run without a store")
 
 
 def _near_tiers(config: StoreConfig, chain: CodecChain, observe: Observer, readers: Readers) -> Iterator[Tier]:

@@ -81,6 +81,8 @@ class Writer:
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Wait until every job submitted so far has run; False if time ran out."""
         with self._changed:
+            if self._jobs:
+                self._ensure_thread()
             return self._changed.wait_for(lambda: not self._jobs and not self._running, timeout_seconds)
 
     def close(self) -> None:
@@ -112,7 +114,7 @@ class Writer:
     def _finish(self, job: Job) -> None:
         try:
             job.run()
-        except Exception as error:  # noqa: BLE001 (the thread must outlive any job)
+        except BaseException as error:  # noqa: BLE001 (the thread must outlive any job, and what a store's client raises)
             self.failed += 1
             self._observe(CacheEvent("error", f"cannot store: {type(error).__name__}: {error}", "writer", job.tokens))
         finally:

@@ -117,7 +117,7 @@ def test_f72_a_share_of_the_prompts_is_enough_in_time(models, generate, tmp_path
 
 @pytest.mark.parametrize("codec", ["raw", "raw.z", "int8", "ec(1.0)"])
 @pytest.mark.parametrize("recipe", ["llama", "gemma2", "gpt_neox", "deepseek_v3"])
-def test_what_was_honestly_stored_is_never_disproved(models, generate, tmp_path, recipe, codec):
+def test_f72_what_was_honestly_stored_is_never_disproved(models, generate, tmp_path, recipe, codec):
     """Computed in pieces, in windows, in latents; coded, appended to what was coded."""
     model, ids = models(recipe), random_prompt(40, seed=2)
     with opened(tmp_path, codec=codec, audit=1.0, block_tokens=64) as store:

@@ -150,7 +150,7 @@ def test_a_strict_store_raises_what_goes_wrong(models, generate, tmp_path):
     assert any(raised)
 
 
-def test_an_observer_that_fails_has_no_say_in_the_answer(models, generate, tmp_path):
+def test_f52_an_observer_that_fails_has_no_say_in_the_answer(models, generate, tmp_path):
     model = models("llama")
     with ghostcacher.open_store(tmp_path / "d", memory=None, block_tokens=16) as store:
         store.observers.append(lambda event: 1 / 0)

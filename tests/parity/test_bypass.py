@@ -33,7 +33,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("reason", CALLS)
-def test_calls_that_are_not_served(llama, store, generate, reason):
+def test_f54_calls_that_are_not_served(llama, store, generate, reason):
     warmed(llama, store, generate)
     options = CALLS[reason]
     expected = generate(llama, PROMPT, **options)
@@ -179,7 +179,7 @@ class Forgetful(LlamaForCausalLM):
         return out
 
 
-def test_a_type_that_fails_its_probe_is_refused(store, generate):
+def test_f21_a_type_that_fails_its_probe_is_refused(store, generate):
     donor = tiny_model("llama")
     config = LlamaConfig(**donor.config.to_dict())
     config.model_type = "forgetful"
@@ -191,7 +191,7 @@ def test_a_type_that_fails_its_probe_is_refused(store, generate):
         assert cache.report.reason.startswith("bypass: a probe")
 
 
-def test_models_that_cannot_take_a_cache_are_refused_by_name(store):
+def test_f21_models_that_cannot_take_a_cache_are_refused_by_name(store):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ghostcacher.UnsupportedModelError, match="encoder-decoder"):
         GhostCache(t5, store)
@@ -204,7 +204,7 @@ def test_models_that_cannot_take_a_cache_are_refused_by_name(store):
         GhostCache(3, store)
 
 
-def test_custom_positions_run_cold(llama, store, generate):
+def test_f54_custom_positions_run_cold(llama, store, generate):
     warmed(llama, store, generate)
     cache = GhostCache(llama, store)
     positions = torch.arange(40)[None] * 2

@@ -72,7 +72,7 @@ DAMAGES = {"flipped bit": flip, "truncated": truncate, "empty": empty, "trailing
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("number", [0, 2, 4])
-def test_damage_shortens_the_prefix_and_heals(model, directory, generate, damage, number):
+def test_f01_to_f04_damage_shortens_the_prefix_and_heals(model, directory, generate, damage, number):
     files = fill(model, directory, generate)
     DAMAGES[damage](files[number])
     expected = generate(model, PROMPT)
@@ -89,7 +89,7 @@ def test_damage_shortens_the_prefix_and_heals(model, directory, generate, damage
         assert cache.report.cached_tokens == 69
 
 
-def test_another_blocks_file_under_a_right_name(model, directory, generate):
+def test_f05_another_blocks_file_under_a_right_name(model, directory, generate):
     files = fill(model, directory, generate)
     shutil.copy(files[1], files[2])
     with opened(directory) as store:
@@ -100,7 +100,7 @@ def test_another_blocks_file_under_a_right_name(model, directory, generate):
 
 
 @pytest.mark.parametrize("model_type", FULL_ATTENTION)
-def test_another_namespaces_file_under_a_right_name(directory, tmp_path, generate, model_type):
+def test_f05_another_namespaces_file_under_a_right_name(directory, tmp_path, generate, model_type):
     model, other = tiny_model(model_type, seed=1), tiny_model(model_type, seed=2)
     files = fill(model, directory, generate)
     foreign = fill(other, tmp_path / "other", generate)
@@ -136,7 +136,7 @@ def test_changed_weights_never_meet_old_state(model, directory, generate):
         assert cache.report.cached_tokens == 69
 
 
-def test_weights_changed_under_a_live_cache(directory, generate):
+def test_f15_weights_changed_under_a_live_cache(directory, generate):
     model = tiny_model("llama", seed=9)
     with opened(directory) as store:
         cache = GhostCache(model, store)
@@ -146,7 +146,7 @@ def test_weights_changed_under_a_live_cache(directory, generate):
         assert cache.report.cached_tokens == 0
 
 
-def test_an_exact_store_never_takes_lossy_blocks(directory, generate):
+def test_f55_an_exact_store_never_takes_lossy_blocks(directory, generate):
     model = tiny_model("llama")
     prompt = random_prompt(150, seed=3)
     with ghostcacher.open_store(directory, memory=None, block_tokens=128, codec="int8") as store:
@@ -167,7 +167,7 @@ def test_an_exact_store_never_takes_lossy_blocks(directory, generate):
         assert (cache.report.cached_tokens, cache.report.lossy) == (149, False)
 
 
-def test_what_follows_lossy_state_is_lossy(directory, generate):
+def test_f55_what_follows_lossy_state_is_lossy(directory, generate):
     model = tiny_model("llama")
     prompt = random_prompt(128, seed=3)
     longer = torch.cat([prompt, random_prompt(64, seed=4)], 1)
@@ -186,7 +186,7 @@ def test_what_follows_lossy_state_is_lossy(directory, generate):
 
 
 @pytest.mark.parametrize("door", ["own", "attach"])
-def test_a_failure_after_half_the_prefix_was_placed_runs_cold(directory, generate, monkeypatch, door):
+def test_f52_a_failure_after_half_the_prefix_was_placed_runs_cold(directory, generate, monkeypatch, door):
     """The first attempt ends at a hole and commits; the second raises: nothing of the first may stay."""
     model = tiny_model("llama")
     files = fill(model, directory, generate)

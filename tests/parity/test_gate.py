@@ -44,7 +44,7 @@ def asked(model, store, generate, prompt=PROMPT):
     return cache.report
 
 
-def test_a_tier_slower_than_computing_is_left_alone_until_it_is_tried_again(model, filled, generate, monkeypatch):
+def test_f41_a_tier_slower_than_computing_is_left_alone_until_it_is_tried_again(model, filled, generate, monkeypatch):
     [disk] = filled.tiers
     state_bytes = 199 * hooks_of(model).adapter.shape.layout.token_bytes()
     disk.loading.add(state_bytes, 9.0)
@@ -134,7 +134,7 @@ def test_no_tier_is_waited_for_longer_than_computing_takes(model, filled, genera
     assert set(waited) == {LEAST_WAIT_SECONDS}
 
 
-def test_a_store_that_does_not_answer_in_time_is_not_asked_for_every_prompt(model, filled, generate, monkeypatch):
+def test_f41_a_store_that_does_not_answer_in_time_is_not_asked_for_every_prompt(model, filled, generate, monkeypatch):
     monkeypatch.setattr("ghostcacher.serving.LEAST_WAIT_SECONDS", 0.2)
     [disk] = filled.tiers
     disk.loading = Line()
@@ -156,7 +156,7 @@ def test_failures_at_once_do_not_make_a_tier_look_fast(model, filled, generate):
     assert disk.loading.seconds(199 * token_bytes) == pytest.approx(0.1)
 
 
-def test_a_remote_tier_that_is_slow_to_answer_whether_it_has_anything_is_not_asked(model, generate, tmp_path):
+def test_f41_a_remote_tier_that_is_slow_to_answer_whether_it_has_anything_is_not_asked(model, generate, tmp_path):
     with ghostcacher.open_store(memory="1MiB", disk=None, block_tokens=64, remote=f"file://{tmp_path}/far") as store:
         hooks_of(model).adapter.prefill = line(200, 0.2)
         far = store.tiers[1]

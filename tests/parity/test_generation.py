@@ -55,7 +55,7 @@ def remember(model, store, generate, prompt, hit_tokens):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode, with_logits):
+def test_f56_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode, with_logits):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     options = MODES[mode]
     expected, expected_logits = with_logits(model, prompt, None, **options)
@@ -121,7 +121,7 @@ def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, gener
 
 
 @pytest.mark.parametrize("pads", [(0, 7, 30), (3, 3, 3)])
-def test_left_padded_batches(model, store, generate, hit_tokens, pads, with_logits):
+def test_f54_left_padded_batches(model, store, generate, hit_tokens, pads, with_logits):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     ids = torch.cat(
         [torch.cat([torch.zeros(1, pad, dtype=torch.long), prompt[:, : PROMPT_TOKENS - pad]], 1) for pad in pads]

@@ -58,7 +58,7 @@ def answer(model, generate, cache=None):
 
 @pytest.mark.parametrize("asked", STATES)
 @pytest.mark.parametrize("stored", STATES)
-def test_only_the_same_adapters_hit(adapted, store, generate, stored, asked):
+def test_f20_only_the_same_adapters_hit(adapted, store, generate, stored, asked):
     with STATES[stored](adapted):
         answer(adapted, generate, GhostCache(adapted, store))
         store.flush()
@@ -97,7 +97,7 @@ def test_a_new_scaling_is_a_new_model(adapted, store, generate):
     assert cache.report.cached_tokens == 0
 
 
-def test_a_batch_of_mixed_adapters_runs_cold(adapted, store, generate):
+def test_f20_a_batch_of_mixed_adapters_runs_cold(adapted, store, generate):
     """Which row gets which adapter never reaches the forward: peft hooks its layers for the call."""
     ids = torch.cat([PROMPT, PROMPT])
     names = ["one", "two"]

@@ -37,7 +37,7 @@ def test_what_one_store_put_another_one_gets(given, models, generate, mooncake_p
         assert ghostcacher.lookup(model, PROMPT[0].tolist(), other).tokens == 0
 
 
-def test_a_master_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path, monkeypatch):
+def test_f39_a_master_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path, monkeypatch):
     model = models("llama")
     monkeypatch.setenv("GHOSTCACHER_REMOTE_TIMEOUT_SECONDS", "1")
     pytest.importorskip("mooncake.store", exc_type=ImportError)
@@ -54,7 +54,7 @@ def test_a_master_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate
         assert store.tiers[0].store.is_out
 
 
-def test_a_full_pool_refuses_and_still_gives(tmp_path):
+def test_f47_a_full_pool_refuses_and_still_gives(tmp_path):
     pytest.importorskip("mooncake.store", exc_type=ImportError)
     with servers.mooncake_pool(tmp_path, segment_bytes=16 * 2**20) as pool:
         store = MooncakeStore(pool.url)

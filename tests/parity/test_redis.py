@@ -39,7 +39,7 @@ def test_what_one_store_put_another_one_gets(codec, models, generate, redis_url)
             assert torch.equal(out, generate(model, PROMPT))
 
 
-def test_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster):
+def test_f44_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster):
     model, url = models("llama"), redis_cluster[0].url.replace("redis://", "redis+cluster://")
     expected = generate(model, PROMPT)
     with opened(url) as store:
@@ -66,7 +66,7 @@ def test_a_cluster_serves_and_outlives_a_master(models, generate, redis_cluster)
             victim.start()
 
 
-def test_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models, generate, tmp_path):
+def test_f46_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models, generate, tmp_path):
     model = models("llama")
     given = {"memory": None, "block_tokens": 64, "remote": "redis+cluster://127.0.0.1:1"}
     with ghostcacher.open_store(tmp_path, **given) as store:
@@ -81,7 +81,7 @@ def test_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models, gen
         assert store.tiers[1].store.is_out
 
 
-def test_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path):
+def test_f39_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path):
     if servers.redis_binary() is None:
         pytest.skip("no redis-server: apt-get install redis-server")
     model = models("llama")
@@ -102,7 +102,7 @@ def test_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate
         assert time.perf_counter() - began < 0.1
 
 
-def test_a_full_server_drops_what_does_not_fit_and_goes_on(models, generate, tmp_path):
+def test_f47_a_full_server_drops_what_does_not_fit_and_goes_on(models, generate, tmp_path):
     if servers.redis_binary() is None:
         pytest.skip("no redis-server: apt-get install redis-server")
     model = models("llama")
@@ -121,7 +121,7 @@ def test_a_full_server_drops_what_does_not_fit_and_goes_on(models, generate, tmp
     assert cache.report.cached_tokens >= 192  # a server that takes no more still gives
 
 
-def test_credentials_are_never_shown(models, generate, tmp_path, caplog):
+def test_f49_credentials_are_never_shown(models, generate, tmp_path, caplog):
     if servers.redis_binary() is None:
         pytest.skip("no redis-server: apt-get install redis-server")
     model = models("llama")
@@ -166,14 +166,14 @@ def test_what_a_server_repeats_of_a_password_ends_here(monkeypatch, redis_url):
         "redis://:hun?ter2@h:6379", "redis://:hun/ter2@h", "redis://:hunter2@h/0?foo=bar",
     ],
 )  # fmt: skip
-def test_urls_that_mean_nothing_are_refused_without_repeating_a_password(url):
+def test_f49_urls_that_mean_nothing_are_refused_without_repeating_a_password(url):
     with pytest.raises(ConfigurationError, match="remote=") as caught:
         opened(url)
     said = "".join(traceback.format_exception(caught.value))
     assert not any(part in said.split("test_redis.py")[-1] for part in ("hunter2", "ter2", ":hun"))
 
 
-def test_a_block_beyond_what_redis_takes_is_refused_by_name(redis_url, monkeypatch):
+def test_f50_a_block_beyond_what_redis_takes_is_refused_by_name(redis_url, monkeypatch):
     monkeypatch.setattr(redis_store, "VALUE_LIMIT_BYTES", 10)
     with pytest.raises(StoreError, match="block_tokens"):
         RedisStore(redis_url).put_many({key(1): [b"x" * 11]}, timeout_seconds=1.0)
@@ -185,7 +185,7 @@ def test_without_the_client_the_error_names_the_extra(monkeypatch):
         opened("redis://127.0.0.1:1")
 
 
-def test_a_user_who_may_only_read_reads(models, generate, tmp_path):
+def test_f49_a_user_who_may_only_read_reads(models, generate, tmp_path):
     if servers.redis_binary() is None:
         pytest.skip("no redis-server: apt-get install redis-server")
     model = models("llama")
@@ -205,7 +205,7 @@ def test_a_user_who_may_only_read_reads(models, generate, tmp_path):
             assert not store.tiers[0].store.is_out
 
 
-def test_an_encrypted_connection(models, generate, tmp_path):
+def test_f49_an_encrypted_connection(models, generate, tmp_path):
     if servers.redis_binary() is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server, or no openssl to make a certificate")
     key_file, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"

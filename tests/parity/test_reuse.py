@@ -122,7 +122,7 @@ def test_a_cache_works_with_use_cache_false(llama, store, generate):
     assert torch.equal(generate(llama, prompt, cache, use_cache=False), expected)
 
 
-def test_threads_share_one_model_and_one_store(llama, memory_store, generate):
+def test_f61_threads_share_one_model_and_one_store(llama, memory_store, generate):
     prompts = [torch.cat([random_prompt(33, seed=1), random_prompt(5 + n, seed=n)], 1) for n in range(4)]
     expected = [generate(llama, prompt) for prompt in prompts]
     wrong = []
@@ -159,7 +159,7 @@ def test_the_innermost_attachment_serves(llama, memory_store, tmp_path, generate
     assert (len(inner.reports), len(outer.reports)) == (1, 1)
 
 
-def test_a_copy_of_a_cache_goes_its_own_way(llama, store, generate):
+def test_f63_a_copy_of_a_cache_goes_its_own_way(llama, store, generate):
     first = random_prompt(40, seed=1)
     cache = GhostCache(llama, store)
     out = generate(llama, first, cache)
@@ -170,7 +170,7 @@ def test_a_copy_of_a_cache_goes_its_own_way(llama, store, generate):
     assert torch.equal(generate(llama, right, twin), generate(llama, right))
 
 
-def test_a_cache_is_not_pickled(llama, store):
+def test_f63_a_cache_is_not_pickled(llama, store):
     with pytest.raises(TypeError, match=r"GhostCache\(model\)"):
         pickle.dumps(GhostCache(llama, store))
 
@@ -200,7 +200,7 @@ def test_inference_mode_in_and_out(llama, store, generate):
     assert torch.equal(generate(llama, longer, cache), generate(llama, longer))
 
 
-def test_an_exception_inside_the_forward_leaves_a_usable_cache(llama, store, generate):
+def test_f52_an_exception_inside_the_forward_leaves_a_usable_cache(llama, store, generate):
     class StopEarlyError(Exception):
         pass
 
@@ -275,7 +275,7 @@ def test_a_prompt_after_a_bypassed_one_is_served(llama, store, generate):
     assert cache.report.cached_tokens == 39
 
 
-def test_crop_and_row_selection_by_the_caller(llama, store, generate):
+def test_f56_crop_and_row_selection_by_the_caller(llama, store, generate):
     prompt = random_prompt(40, seed=1)
     cache = GhostCache(llama, store)
     out = generate(llama, prompt, cache)
@@ -288,7 +288,7 @@ def test_crop_and_row_selection_by_the_caller(llama, store, generate):
     assert torch.equal(generate(llama, longer, cache), generate(llama, longer))
 
 
-def test_what_is_stored_is_not_changed_by_what_comes_later(llama, memory_store, generate):
+def test_f57_what_is_stored_is_not_changed_by_what_comes_later(llama, memory_store, generate):
     prompt = random_prompt(40, seed=1)
     cache = GhostCache(llama, memory_store)
     out = generate(llama, prompt, cache)

@@ -38,7 +38,7 @@ PROMPT = random_prompt(64, seed=5)
 
 
 @pytest.mark.parametrize(("stored", "asked", "reused"), [(24, 30, 24), (24, 64, 0), (40, 64, 40), (64, 30, 0)])
-def test_longrope_reuses_within_its_regime_only(longrope, store, generate, stored, asked, reused):
+def test_f17_longrope_reuses_within_its_regime_only(longrope, store, generate, stored, asked, reused):
     warm(longrope, store, generate, torch.cat([PROMPT[:, :stored], random_prompt(3, seed=9)], 1))
     expected = generate(longrope, PROMPT[:, :asked], new=1)
     out, report = warm(longrope, store, generate, PROMPT[:, :asked])
@@ -72,7 +72,7 @@ def test_dynamic_rope_is_served_up_to_its_trained_length(dynamic, store, generat
     assert torch.equal(out, expected)
 
 
-def test_dynamic_rope_runs_cold_beyond(dynamic, store, generate):
+def test_f17_dynamic_rope_runs_cold_beyond(dynamic, store, generate):
     """Every run there leaves other frequencies behind, so the same history is given to a twin without a cache."""
     twin = tiny_model("llama with dynamic rope")
     history = [PROMPT[:, :8], PROMPT, PROMPT, PROMPT[:, :24], PROMPT[:, :40]]

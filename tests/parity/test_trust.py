@@ -136,7 +136,7 @@ def test_f78_a_sealed_store_and_its_logs_hold_no_canary(tmp_path, models, genera
     assert not [canary for canary in canaries[:5] if canary in shown + caplog.text]
 
 
-def test_negative_control_an_unsealed_store_shows_the_canaries(tmp_path, models, generate):
+def test_f78_negative_control_an_unsealed_store_shows_the_canaries(tmp_path, models, generate):
     stored(tmp_path, generate, models("llama"), key=None)
     tokens = json.dumps(PROMPT[0].tolist()[:8], separators=(",", ":"))[1:-1]
     contents = [file.read_bytes() for file in files(tmp_path)]

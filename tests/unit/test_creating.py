@@ -48,7 +48,7 @@ def stored(store):
     return bytes(store.get_many([name], limit_bytes=2**30, timeout_seconds=5.0)[name])
 
 
-def test_f26_the_same_block_twice_is_one_block_and_no_conflict(store):
+def test_f26_f28_the_same_block_twice_is_one_block_and_no_conflict(store):
     first, second = tier(store), tier(store)
     assert first.offer(Offer(BLOCK))
     held = stored(store)

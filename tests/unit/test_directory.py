@@ -31,7 +31,7 @@ def test_files_and_folders_are_private(store):
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_whatever_the_umask(tmp_path, mask):
+def test_f66_whatever_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         path = put(DirectoryStore(tmp_path / "blocks"))
@@ -41,7 +41,7 @@ def test_whatever_the_umask(tmp_path, mask):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_directory_that_others_may_write_is_refused(tmp_path):
+def test_f69_a_directory_that_others_may_write_is_refused(tmp_path):
     tmp_path.chmod(0o777)
     with pytest.raises(ConfigurationError, match="chmod"):
         DirectoryStore(tmp_path)
@@ -62,7 +62,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory", "dangling"])
-def test_anything_but_a_regular_file_is_absent(store, tmp_path, kind):
+def test_f68_anything_but_a_regular_file_is_absent(store, tmp_path, kind):
     path = put(store)
     path.unlink()
     if kind == "symlink":
@@ -81,7 +81,7 @@ def test_anything_but_a_regular_file_is_absent(store, tmp_path, kind):
     assert list(store.list_keys(timeout_seconds=10.0)) == []
 
 
-def test_partials_of_dead_processes_are_swept_at_the_next_open(store):
+def test_f25_partials_of_dead_processes_are_swept_at_the_next_open(store):
     folder = put(store).parent
     dead = folder / ".999999999-0123456789abcdef.partial"
     old = folder / f".{os.getpid()}-0123456789abcdef.partial"

@@ -91,7 +91,7 @@ def forged(blob):
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(["ec(0.25)", "ec(1.0)", "raw.z"]), st.data())
-def test_forged_blobs_are_refused_or_have_the_right_shape(name, data):
+def test_f09_forged_blobs_are_refused_or_have_the_right_shape(name, data):
     given_block = block(128, dtype=torch.bfloat16)
     blob = bytearray(b"".join(CodecChain(codec_named(name)).encode(given_block)))
     end = header_bytes(blob)
@@ -105,7 +105,7 @@ def test_forged_blobs_are_refused_or_have_the_right_shape(name, data):
     assert reason == "frame" or decoded.has_expected_shape()
 
 
-def test_a_frame_that_grows_beyond_what_was_coded_is_refused_within_bounded_memory():
+def test_f09_a_frame_that_grows_beyond_what_was_coded_is_refused_within_bounded_memory():
     bomb = compress(bytes(2**28))
     tracemalloc.start()
     with pytest.raises(BlockError, match="frame"):
@@ -184,7 +184,7 @@ def test_tensors_without_values(codec):
 @pytest.mark.parametrize("codec", ["ec(0.25)", "ec(0.5)", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["sink", "constant", "wide"])
-def test_finite_values_never_come_back_infinite(codec, dtype, kind):
+def test_f11_finite_values_never_come_back_infinite(codec, dtype, kind):
     given_group = group("keys", dtype=dtype)
     largest = torch.finfo(given_group.spec.torch_dtype).max
     tensor = torch.randn(given_group.shape(64), generator=torch.Generator().manual_seed(0))
@@ -276,7 +276,7 @@ def test_listed_codes_out_of_order_or_place_are_refused(listed):
         list(coder.unpack(parts, classes))
 
 
-def test_a_block_that_would_grow_is_stored_as_it_is():
+def test_f11_a_block_that_would_grow_is_stored_as_it_is():
     given_block = block(128, dtype=torch.bfloat16)
 
     class Huge(RawCodec):

@@ -223,7 +223,7 @@ def test_a_body_too_large_for_one_seal_is_refused(monkeypatch):
         sealed()
 
 
-def test_without_cryptography_the_error_names_the_extra(monkeypatch):
+def test_f80_without_cryptography_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     envelope._ciphers.cache_clear()
     with pytest.raises(MissingExtraError, match=r"ghostcacher\[seal\]"):

@@ -104,7 +104,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")
-def test_every_change_gives_another_namespace_and_the_right_answer(model, store, generate, change):
+def test_f15_every_change_gives_another_namespace_and_the_right_answer(model, store, generate, change):
     generate(model, PROMPT, GhostCache(model, store))
     store.flush()
     before = GhostCache(model, store)
@@ -129,7 +129,7 @@ def test_changing_back_finds_the_old_state(model, store, generate):
     assert cache.report.cached_tokens == 39
 
 
-def test_always_sees_what_a_sample_cannot(model, store, generate):
+def test_f15_always_sees_what_a_sample_cannot(model, store, generate):
     generate(model, PROMPT, GhostCache(model, store))
     model.model.layers[2].mlp.up_proj.weight.data.view(-1)[7] += 1.0
     sampled = GhostCache(model, store)

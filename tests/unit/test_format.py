@@ -63,14 +63,14 @@ def test_tensors_begin_aligned():
 
 @settings(max_examples=400, deadline=None)
 @given(st.integers(0, len(BLOB) - 1), st.integers(0, 7))
-def test_any_flipped_bit_is_refused(at, bit):
+def test_f01_any_flipped_bit_is_refused(at, bit):
     damaged = bytearray(BLOB)
     damaged[at] ^= 1 << bit
     with pytest.raises(BlockError):
         decoded(damaged)
 
 
-def test_every_bit_of_the_header_is_refused():
+def test_f01_every_bit_of_the_header_is_refused():
     end = header_bytes(BLOB)
     for at in range(end):
         damaged = bytearray(BLOB)
@@ -79,7 +79,7 @@ def test_every_bit_of_the_header_is_refused():
             decoded(damaged)
 
 
-def test_every_truncation_is_refused():
+def test_f02_every_truncation_is_refused():
     for size in [*range(0, len(BLOB), 17), len(BLOB) - 1]:
         with pytest.raises(BlockError):
             decoded(BLOB[:size])
@@ -148,7 +148,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_altered_headers_with_a_fitting_digest_are_refused(mutation):
+def test_f07_altered_headers_with_a_fitting_digest_are_refused(mutation):
     change, reason = MUTATIONS[mutation]
     blob = mutated(change)
     if reason != "version":
@@ -170,7 +170,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_headers_cost_little_memory(hostile):
+def test_f08_hostile_headers_cost_little_memory(hostile):
     blob = bytearray(HOSTILE[hostile])
     tracemalloc.start()
     with pytest.raises(BlockError) as caught:
@@ -181,7 +181,7 @@ def test_hostile_headers_cost_little_memory(hostile):
     assert peak_bytes < 8 * 2**20
 
 
-def test_a_wrong_layout_is_geometry():
+def test_f07_a_wrong_layout_is_geometry():
     with pytest.raises(BlockError, match="geometry"):
         decode_blob(bytearray(BLOB), BLOCK.key, KVLayout.uniform(3, 2, 16))
 

@@ -86,7 +86,7 @@ FIELDS = [other_weights, other_config, other_unknown_config_field, other_attenti
 
 
 @pytest.mark.parametrize("change", FIELDS)
-def test_a_field_changed_alone_gives_another_namespace(change, monkeypatch):
+def test_f18_f19_f23_a_field_changed_alone_gives_another_namespace(change, monkeypatch):
     model = tiny_model("llama")
     before = namespace(model)
     assert change(model, monkeypatch) != before
@@ -104,7 +104,7 @@ def test_device_batch_and_codec_stay_out():
 
 
 @pytest.mark.parametrize("options", [{"salt": "b"}, {"block_tokens": 32}])
-def test_stores_that_differ_share_nothing(tmp_path, generate, options):
+def test_f74_stores_that_differ_share_nothing(tmp_path, generate, options):
     model = tiny_model("llama")
     with ghostcacher.open_store(tmp_path, memory=None, block_tokens=16, salt="a") as store:
         generate(model, PROMPT, GhostCache(model, store))

@@ -153,7 +153,7 @@ def test_an_open_group_keeps_the_models_dtype(codec):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("token", [1, 5])
-def test_nonfinite_values_are_refused(codec, bad, token):
+def test_f10_nonfinite_values_are_refused(codec, bad, token):
     tensor = torch.randn(3, 2, 64, 16)
     tensor[1, 1, token, 3] = bad
     with pytest.raises(BlockError, match="nonfinite"):

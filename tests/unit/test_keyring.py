@@ -74,7 +74,7 @@ def test_a_new_key_is_its_users_alone_and_replaces_nothing(tmp_path):
     assert path.read_text() == held
 
 
-def test_a_config_shows_no_secret():
+def test_f78_a_config_shows_no_secret():
     given = {"directory": "d", "device": None, "memory": None, "disk": None, "codec": "raw", "block_tokens": 64}
     config = StoreConfig.parse(
         **given, remote="redis://:canary@host/0", salt="canary", strict=False, key=b"canary" * 6, environment={}

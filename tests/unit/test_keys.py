@@ -45,7 +45,7 @@ def test_golden_values():
 
 
 @pytest.mark.parametrize("hash_seed", [0, 1, 4711])
-def test_equal_across_processes_and_hash_seeds(hash_seed):
+def test_f66_equal_across_processes_and_hash_seeds(hash_seed):
     assert keys_of_another_process(hash_seed) == GOLDEN
 
 

@@ -63,7 +63,7 @@ def test_another_store_on_the_same_directory_sees_new_blocks(tmp_path):
         assert found[-1].key.start + found[-1].tokens == 60
 
 
-def test_a_hole_ends_the_prefix(tmp_path):
+def test_f48_a_hole_ends_the_prefix(tmp_path):
     with stacked(tmp_path, memory=None) as store:
         chain = chain_of(81)
         blocks = offered(store, chain)
@@ -74,7 +74,7 @@ def test_a_hole_ends_the_prefix(tmp_path):
         assert [c.key.start for c in outcome.leading(matched)] == [0, 16]
 
 
-def test_disk_quota_holds_while_two_stores_write(tmp_path):
+def test_f35_disk_quota_holds_while_two_stores_write(tmp_path):
     budget_bytes = 10 * (BLOCK_BYTES + 1500)
     with (
         stacked(tmp_path, memory=None, disk=budget_bytes) as one,
@@ -232,7 +232,7 @@ def test_bad_settings_name_the_value_and_the_next_step(tmp_path, options, messag
         ghostcacher.open_store(tmp_path, **options)
 
 
-def test_a_missing_extra_names_the_install_line(tmp_path, monkeypatch):
+def test_f80_a_missing_extra_names_the_install_line(tmp_path, monkeypatch):
     import fsspec
 
     def missing(*_, **__):

@@ -43,7 +43,7 @@ def test_it_outlives_a_job_that_raises(writer, events):
     assert "ZeroDivisionError" in events[0].reason
 
 
-def test_a_full_queue_drops_with_a_count_and_returns_at_once(writer, events):
+def test_f34_a_full_queue_drops_with_a_count_and_returns_at_once(writer, events):
     release = threading.Event()
     writer.submit(Job(release.wait, 900))
     while writer._jobs:
@@ -73,14 +73,45 @@ def test_draining_is_bounded(writer):
     assert writer.drain(10)
 
 
-def test_a_dead_thread_is_started_again(writer):
+def killed():
+    raise SystemExit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is killed
+def test_f65_a_thread_that_is_killed_is_started_again(writer):
     seen = []
     writer.submit(Job(lambda: seen.append(1), 1))
     writer.drain(10)
-    writer._thread = None
+    thread, writer._next = writer._thread, killed
+    thread.join(10)
+    assert not writer.is_healthy
+    del writer._next
     writer.submit(Job(lambda: seen.append(2), 1))
     assert writer.drain(10)
-    assert seen == [1, 2]
+    assert (seen, writer.is_healthy) == ([1, 2], True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is killed
+def test_f65_what_a_killed_thread_left_queued_is_run(writer):
+    release, seen = threading.Event(), []
+    writer.submit(Job(release.wait, 1))
+    writer.submit(Job(lambda: seen.append(1), 1))
+    thread, writer._next = writer._thread, killed
+    release.set()
+    thread.join(10)
+    assert (seen, writer.queued, writer.is_healthy) == ([], 1, False)
+    del writer._next
+    assert writer.drain(10)
+    assert seen == [1]
+
+
+def test_f65_a_job_that_would_end_the_thread_ends_itself(writer, events):
+    seen = []
+    writer.submit(Job(killed, 1))
+    writer.submit(Job(lambda: seen.append(1), 1))
+    assert writer.drain(10)
+    assert (seen, writer.failed, writer.is_healthy) == ([1], 1, True)
+    assert "SystemExit" in events[0].reason
 
 
 def test_after_close_jobs_are_refused(events):
