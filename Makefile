@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench bench-quality bench-restore bench-fleet slow defects sweep sweep-oldest clean
+.PHONY: demo test test-oldest check bench bench-quality bench-restore bench-fleet slow defects reliability sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,10 +26,14 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Runs the tests that docs/reliability.md names and counts what they tried, for its last column.
+reliability: $(VENV)/.dev
+	$(BIN)/python -m tests.reliability
+
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Puts each of some forty defects into a copy of the package, and sees that a named test fails (12 minutes).
+# Puts each of some fifty defects into a copy of the package, and sees that a named test fails (12 minutes).
 defects: $(VENV)/.dev
 	$(BIN)/python -m tests.defects
 

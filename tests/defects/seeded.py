@@ -128,4 +128,12 @@ DEFECTS = (
     Defect("take an audit's word for it", "tiers/auditing.py",
            "        if not bool((_largest(old.cpu().float() - new.cpu().float()) <= allowed).all()):\n",
            "        if False:\n", "tests/faults/test_audit.py -k f12"),
+    Defect("evict what is being placed", "tiers/decoded.py", "        with self.index.pinned([block.key.digest for block in found]):",
+           "        with self.index.pinned([]):", "tests/faults/test_memory_rows.py -k being_injected"),
+    Defect("let a job end the writer's thread", "tiers/writer.py", "        except BaseException as error:",
+           "        except Exception as error:", "tests/unit/test_writer.py -k ends_itself"),
+    Defect("leave a killed thread's queue alone", "tiers/writer.py",
+           "            if self._jobs:\n                self._ensure_thread()\n", "", "tests/unit/test_writer.py -k left_queued --timeout 20"),
+    Defect("open a store where bytes lie in the other order", "tiers/opening.py", '    if sys.byteorder != "little":',
+           "    if False:", "tests/faults/test_identity_rows.py -k f14"),
 )  # fmt: skip

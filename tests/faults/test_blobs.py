@@ -129,8 +129,9 @@ def check(refused, equal, taken, count):
     assert refused + equal == count
 
 
-def test_f01_to_f09_a_hundred_thousand_changed_blocks_are_refused():
+def test_f01_to_f09_a_hundred_thousand_changed_blocks_are_refused(record_property):
     check(*mutations(100_000), 100_000)
+    record_property("trials", 100_000)
 
 
 def test_negative_control_unchanged_blocks_are_taken():
@@ -139,7 +140,7 @@ def test_negative_control_unchanged_blocks_are_taken():
 
 
 @pytest.mark.parametrize("is_sealed", [False, True])
-def test_f05_no_block_of_a_store_whose_files_were_exchanged_is_found(is_sealed, tmp_path):
+def test_f05_no_block_of_a_store_whose_files_were_exchanged_is_found(is_sealed, tmp_path, record_property):
     chain = chain_of(500 * BLOCK_TOKENS + 1)
     key = b"k" * 32 if is_sealed else None
     with ghostcacher.open_store(tmp_path / "d", memory=None, block_tokens=BLOCK_TOKENS, key=key) as store:
@@ -155,6 +156,7 @@ def test_f05_no_block_of_a_store_whose_files_were_exchanged_is_found(is_sealed, 
     assert len(files) >= 500
     found = opened.get_many(names, limit_bytes=2**20, timeout_seconds=10.0)
     assert len(found) == 500
+    record_property("trials", 500)
     for number, name in enumerate(names):
         try:
             decode_blob(found[name], chain.block(number), LAYOUT)
@@ -203,7 +205,9 @@ def test_f05_another_blocks_bytes_are_named_as_such():
         decode_blob(bytearray(BLOBS[0]), BLOCKS[1].key, LAYOUT)
 
 
-def test_f22_a_hash_of_eight_bits_collides_all_the_time_and_never_serves_wrong(models, generate, monkeypatch, tmp_path):
+def test_f22_a_hash_of_eight_bits_collides_all_the_time_and_never_serves_wrong(
+    models, generate, monkeypatch, tmp_path, record_property
+):
     full = keys.chain_digest
     monkeypatch.setattr(
         keys, "chain_digest", lambda parent, tokens, **given: full(parent, tokens, **given)[:1] + bytes(31)
@@ -218,9 +222,10 @@ def test_f22_a_hash_of_eight_bits_collides_all_the_time_and_never_serves_wrong(m
             assert torch.equal(out, generate(model, prompt, new=2))
             store.flush()
     assert hits > 0
+    record_property("trials", 60)
 
 
-def test_f74_no_salt_ever_sees_another_ones_blocks(models, generate, tmp_path):
+def test_f74_no_salt_ever_sees_another_ones_blocks(models, generate, tmp_path, record_property):
     model, prompts = models("llama"), [random_prompt(60, seed=seed) for seed in range(4)]
     for salt in ("a", "b", "c", None):
         with ghostcacher.open_store(tmp_path / "d", memory="16MiB", block_tokens=16, salt=salt) as store:
@@ -229,3 +234,4 @@ def test_f74_no_salt_ever_sees_another_ones_blocks(models, generate, tmp_path):
                 generate(model, prompt, cache, new=1)
                 assert cache.report.cached_tokens == 0
                 store.flush()
+    record_property("trials", 4 * len(prompts))

@@ -62,7 +62,9 @@ def read(store, name):
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("replace", [True, False])
-def test_f29_f30_a_put_that_fails_anywhere_leaves_all_or_nothing(number, replace, tmp_path, monkeypatch):
+def test_f29_f30_a_put_that_fails_anywhere_leaves_all_or_nothing(
+    number, replace, tmp_path, monkeypatch, record_property
+):
     store, tried = DirectoryStore(tmp_path / "d"), 0
     while True:
         failing = FailingOs(tried + 1, number)
@@ -87,10 +89,11 @@ def test_f29_f30_a_put_that_fails_anywhere_leaves_all_or_nothing(number, replace
         store.put_many({name: VALUE}, timeout_seconds=1.0)
         assert read(store, name) == b"".join(VALUE)
     assert tried >= 4
+    record_property("trials", tried)
 
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-def test_f30_a_get_that_fails_anywhere_gives_an_error_or_the_value(number, tmp_path, monkeypatch):
+def test_f30_a_get_that_fails_anywhere_gives_an_error_or_the_value(number, tmp_path, monkeypatch, record_property):
     store, tried = DirectoryStore(tmp_path / "d"), 0
     store.put_many({key(1): VALUE}, timeout_seconds=1.0)
     while True:
@@ -104,6 +107,7 @@ def test_f30_a_get_that_fails_anywhere_gives_an_error_or_the_value(number, tmp_p
         assert isinstance(found, StoreError) or found == b"".join(VALUE)
         assert read(store, key(1)) == b"".join(VALUE)
     assert tried >= 3
+    record_property("trials", tried)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_f30_a_get_that_fails_anywhere_gives_an_error_or_the_value(number, tmp_p
     [*ERRNOS[:2], *(pytest.param(number, marks=pytest.mark.slow) for number in ERRNOS[2:])],
     ids=errno.errorcode.get,
 )
-def test_f29_f30_generate_goes_on_whatever_fails(number, models, generate, tmp_path, monkeypatch):
+def test_f29_f30_generate_goes_on_whatever_fails(number, models, generate, tmp_path, monkeypatch, record_property):
     model = models("llama")
     expected, tried, refused = generate(model, PROMPT, new=2), 0, 0
     while True:
@@ -139,6 +143,7 @@ def test_f29_f30_generate_goes_on_whatever_fails(number, models, generate, tmp_p
             assert cache.report.cached_tokens == 99
     assert tried > 15
     assert refused <= 2
+    record_property("trials", tried)
 
 
 @pytest.mark.parametrize("size", ["1MiB"])

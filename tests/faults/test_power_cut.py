@@ -94,13 +94,14 @@ def states(calls, path):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_f24_a_power_cut_leaves_the_old_value_the_new_one_or_none(tmp_path, monkeypatch, replace):
+def test_f24_a_power_cut_leaves_the_old_value_the_new_one_or_none(tmp_path, monkeypatch, replace, record_property):
     calls = recorded(tmp_path, monkeypatch, replace=replace)
     names = [name for name, *_ in calls]
     assert names.index("write") < names.index("sync") < names.index("replace" if replace else "link")
     path = DirectoryStore(tmp_path)._path(key(1))
     found = set(states(calls, path))
     assert found == {OLD if replace else None, b"".join(NEW)}
+    record_property("trials", len(list(states(calls, path))))
 
 
 def test_negative_control_without_the_sync_torn_values_are_among_them(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_negative_control_without_the_sync_torn_values_are_among_them(tmp_path, 
     assert len(set(states(calls, path))) > 2
 
 
-def test_f04_a_name_that_was_there_before_its_data_is_no_block():
+def test_f04_a_name_that_was_there_before_its_data_is_no_block(record_property):
     """Every page lost, all after it lost, cut there, or in the place of its neighbour."""
     layout = KVLayout.uniform(layers=4, heads=2, head_dim=64, dtype="float32")
     block = PrefixChain.of(list(range(64)), NAMESPACE, 64).block(0)
@@ -129,3 +130,4 @@ def test_f04_a_name_that_was_there_before_its_data_is_no_block():
                 continue
             with pytest.raises(BlockError):
                 decode_blob(bytearray(damaged), block, layout)
+    record_property("trials", 4 * len(whole) // PAGE)

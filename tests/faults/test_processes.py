@@ -77,14 +77,16 @@ def kill_in_a_loop(directory, kills):
     assert leftovers == []
 
 
-def test_f24_kill_nine_leaves_no_torn_entry_and_no_partial(tmp_path):
+def test_f24_kill_nine_leaves_no_torn_entry_and_no_partial(tmp_path, record_property):
     kill_in_a_loop(tmp_path / "blocks", kills=25)
+    record_property("trials", 25)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_f24_kill_nine_many_times(tmp_path):
+def test_f24_kill_nine_many_times(tmp_path, record_property):
     kill_in_a_loop(tmp_path / "blocks", kills=1000)
+    record_property("trials", 1000)
 
 
 def test_f26_two_processes_share_one_directory(tmp_path):

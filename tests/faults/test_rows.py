@@ -85,7 +85,7 @@ def ctrl_c():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what was just being opened
-def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(ctrl_c, models, generate, tmp_path):
+def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(ctrl_c, models, generate, tmp_path, record_property):
     model, rng = models("llama"), random.Random(5)
     expected = generate(model, PROMPT, new=20)
     interrupted = 0
@@ -108,9 +108,10 @@ def test_f53_ctrl_c_at_any_time_leaves_a_usable_cache(ctrl_c, models, generate, 
         out, report = run(generate, model, store, new=20)
         assert torch.equal(out, expected)
         assert report.cached_tokens == 99
+    record_property("trials", interrupted)
 
 
-def test_f58_memory_that_cannot_be_had_is_a_cold_run(models, generate, tmp_path, monkeypatch):
+def test_f58_memory_that_cannot_be_had_is_a_cold_run(models, generate, tmp_path, monkeypatch, record_property):
     model, allocate = models("llama"), torch.empty
     expected = generate(model, PROMPT, new=3)
     with opened(tmp_path / "d") as store:
@@ -136,9 +137,10 @@ def test_f58_memory_that_cannot_be_had_is_a_cold_run(models, generate, tmp_path,
                 break
         assert fails_at > 1
         assert run(generate, model, store)[1].cached_tokens == 99
+    record_property("trials", fails_at - 1)
 
 
-def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(models, generate, tmp_path):
+def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(models, generate, tmp_path, record_property):
     """As a data loader's worker does: the child has the parent's store object and none of its threads."""
     script = (
         "import os, sys, warnings; warnings.simplefilter('ignore')\n"
@@ -167,6 +169,7 @@ def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(models, generate, tmp_pa
     )
     done = in_another_process(script, tmp_path / "d")
     assert done.stdout.strip() == "[0, 0, 0, 0, 0] [59, 59, 59, 59, 59]", done.stderr
+    record_property("trials", 5)
 
 
 def test_f66_checks_are_made_without_asserts(tmp_path):
@@ -196,7 +199,7 @@ def test_f66_checks_are_made_without_asserts(tmp_path):
     assert one.startswith("corrupt ['0o600', '0o700'] ")
 
 
-def test_f67_nothing_but_digests_becomes_a_path(models, generate, tmp_path):
+def test_f67_nothing_but_digests_becomes_a_path(models, generate, tmp_path, record_property):
     rng, letters = random.Random(2), "0123456789abcdefABCDEF/.\\\0~ %é"
     for _ in range(100_000):
         name = "".join(rng.choices(letters, k=rng.choice([0, 1, 64, 129, 130])))
@@ -209,9 +212,10 @@ def test_f67_nothing_but_digests_becomes_a_path(models, generate, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"d"}
     assert {path.name for path in (tmp_path / "d").iterdir()} <= {"v1", ".sweep.lock"}
     assert all(len(path.name) == 64 for path in (tmp_path / "d/v1").iterdir())
+    record_property("trials", 100_000)
 
 
-def test_f70_a_file_that_changes_while_it_is_read_is_never_half_taken(tmp_path):
+def test_f70_a_file_that_changes_while_it_is_read_is_never_half_taken(tmp_path, record_property):
     """Someone overwrites and truncates in place, which we never do: bytes are private, and the digest decides."""
     from ghostcacher.codecs.raw import RawCodec
     from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
@@ -253,9 +257,10 @@ def test_f70_a_file_that_changes_while_it_is_read_is_never_half_taken(tmp_path):
     disturber.join()
     assert refused > 0
     assert taken > 0
+    record_property("trials", taken + refused)
 
 
-def test_f77_prompts_that_nobody_knows_cost_no_memory(models, tmp_path):
+def test_f77_prompts_that_nobody_knows_cost_no_memory(models, tmp_path, record_property):
     model = models("llama")
     ghostcacher.lookup(model, PROMPT[0].tolist(), opened(tmp_path / "warm"))
     with opened(tmp_path / "d", remote="memory://f77") as store:
@@ -263,6 +268,7 @@ def test_f77_prompts_that_nobody_knows_cost_no_memory(models, tmp_path):
             ghostcacher.lookup(model, random_prompt(200, seed=turn)[0].tolist(), store)
         assert store.stats().tiers[0].blocks == 0
         assert all(len(tier.index) == 0 for tier in store.tiers)
+    record_property("trials", 300)
 
 
 def test_f37_a_directory_behind_fsspec_is_written_whole(tmp_path):

@@ -103,17 +103,19 @@ def check(lines, came_through):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "lfm2"])
-def test_f52_an_error_at_a_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path):
+def test_f52_an_error_at_a_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path, record_property):
     lines, came_through = every(149, generate, models(model_type), tmp_path / "d")
     check(lines, came_through)
+    record_property("trials", lines // 149)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "lfm2"])
-def test_f52_an_error_at_every_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path):
+def test_f52_an_error_at_every_line_of_ours_is_a_cold_run(model_type, models, generate, tmp_path, record_property):
     lines, came_through = every(1, generate, models(model_type), tmp_path / "d")
     check(lines, came_through)
+    record_property("trials", lines)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "lfm2"])

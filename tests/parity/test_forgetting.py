@@ -147,7 +147,7 @@ def test_second_sight_stores_far_away_what_comes_twice(llama, generate, tmp_path
         assert known(llama, SECRET, other) == 128
 
 
-def test_f76_a_flood_of_one_namespace_evicts_its_own(llama, generate, tmp_path):
+def test_f76_a_flood_of_one_namespace_evicts_its_own(llama, generate, tmp_path, record_property):
     """Tenants share a budget: B's prompts never cost A a block, however many there are."""
     shared = {"directory": tmp_path, "memory": None, "block_tokens": 64, "namespace_quota": "900KiB"}
     with ghostcacher.open_store(**shared, salt="a") as a, ghostcacher.open_store(**shared, salt="b") as b:
@@ -164,6 +164,7 @@ def test_f76_a_flood_of_one_namespace_evicts_its_own(llama, generate, tmp_path):
         assert known(llama, random_prompt(200, seed=19), b) >= 128
         assert b.stats().tiers[0].evicted > 0
         assert a.stats().tiers[0].evicted == 0
+    record_property("trials", 20)
 
 
 def namespace_of(store):

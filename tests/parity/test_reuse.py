@@ -122,7 +122,7 @@ def test_a_cache_works_with_use_cache_false(llama, store, generate):
     assert torch.equal(generate(llama, prompt, cache, use_cache=False), expected)
 
 
-def test_f61_threads_share_one_model_and_one_store(llama, memory_store, generate):
+def test_f61_threads_share_one_model_and_one_store(llama, memory_store, generate, record_property):
     prompts = [torch.cat([random_prompt(33, seed=1), random_prompt(5 + n, seed=n)], 1) for n in range(4)]
     expected = [generate(llama, prompt) for prompt in prompts]
     wrong = []
@@ -139,6 +139,7 @@ def test_f61_threads_share_one_model_and_one_store(llama, memory_store, generate
     assert not wrong
     assert len(attached.reports) == 12
     assert max(report.cached_tokens for report in attached.reports) >= 37
+    record_property("trials", len(attached.reports))
 
 
 def test_attach_ends_with_its_block(llama, memory_store, generate):

@@ -61,9 +61,10 @@ def test_f79_the_format_is_what_its_page_says():
     assert SEALING.name(key(1)) == f"{namespace.hex()}/{name.hex()}"
 
 
-def test_f79_no_two_envelopes_have_the_same_keys():
+def test_f79_no_two_envelopes_have_the_same_keys(record_property):
     salts = {bytes(SEALING.seal(key(1), b"", b"")[0][24:56]) for _ in range(10_000)}
     assert len(salts) == 10_000
+    record_property("trials", 10_000)
 
 
 def test_f79_another_key_opens_nothing():
@@ -82,13 +83,14 @@ def test_f71_any_flipped_bit_is_refused(at):
         read_by(made)
 
 
-def test_f71_every_truncation_and_anything_appended_is_refused():
+def test_f71_every_truncation_and_anything_appended_is_refused(record_property):
     made = sealed()
     for end in range(len(made)):
         with pytest.raises(StoreForgedError):
             SEALING.value(key(1), made[:end])
     with pytest.raises(StoreForgedError):
         SEALING.value(key(1), made + b"\0")
+    record_property("trials", len(made))
 
 
 def test_f71_parts_of_two_envelopes_do_not_mix():
@@ -99,7 +101,7 @@ def test_f71_parts_of_two_envelopes_do_not_mix():
             SEALING.value(key(1), mixed)
 
 
-def test_f71_a_hundred_thousand_forgeries_without_the_key_are_refused():
+def test_f71_a_hundred_thousand_forgeries_without_the_key_are_refused(record_property):
     """Of a writer who knows the format, the key's id and valid envelopes, but not the secret."""
     rng, valid, accepted, unchanged = random.Random(7), [sealed(name=key(n)) for n in range(4)], 0, 0
     own = valid[1]
@@ -118,6 +120,7 @@ def test_f71_a_hundred_thousand_forgeries_without_the_key_are_refused():
     assert accepted == 0
     assert unchanged < 10
     assert SEALING.value(key(1), own) == HEAD + BODY
+    record_property("trials", 100_000)
 
 
 def test_f05_a_value_under_another_name_is_refused():

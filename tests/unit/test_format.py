@@ -70,16 +70,17 @@ def test_f01_any_flipped_bit_is_refused(at, bit):
         decoded(damaged)
 
 
-def test_f01_every_bit_of_the_header_is_refused():
+def test_f01_every_bit_of_the_header_is_refused(record_property):
     end = header_bytes(BLOB)
     for at in range(end):
         damaged = bytearray(BLOB)
         damaged[at] ^= 1 << (at % 8)
         with pytest.raises(BlockError):
             decoded(damaged)
+    record_property("trials", end)
 
 
-def test_f02_every_truncation_is_refused():
+def test_f02_f03_every_truncation_is_refused(record_property):
     for size in [*range(0, len(BLOB), 17), len(BLOB) - 1]:
         with pytest.raises(BlockError):
             decoded(BLOB[:size])
@@ -87,6 +88,7 @@ def test_f02_every_truncation_is_refused():
         decoded(BLOB + b"\0")
     with pytest.raises(BlockError):
         decoded(BLOB + BLOB)
+    record_property("trials", len(BLOB) // 17)
 
 
 def mutated(change):

@@ -74,7 +74,7 @@ def test_f48_a_hole_ends_the_prefix(tmp_path):
         assert [c.key.start for c in outcome.leading(matched)] == [0, 16]
 
 
-def test_f35_disk_quota_holds_while_two_stores_write(tmp_path):
+def test_f35_disk_quota_holds_while_two_stores_write(tmp_path, record_property):
     budget_bytes = 10 * (BLOCK_BYTES + 1500)
     with (
         stacked(tmp_path, memory=None, disk=budget_bytes) as one,
@@ -87,6 +87,7 @@ def test_f35_disk_quota_holds_while_two_stores_write(tmp_path):
         assert one.stats().tiers[0].evicted + two.stats().tiers[0].evicted > 20
         run, _, _ = fetched(two, chain_of(33, first=29_000))
         assert len(run) == 2, "the latest prompt is kept"
+    record_property("trials", 30)
 
 
 def remote_stack(tmp_path, remote, *, strict=False, timeout_seconds=0.3):
