@@ -133,7 +133,7 @@ DEFECTS = (
     Defect("let a job end the writer's thread", "tiers/writer.py", "        except BaseException as error:",
            "        except Exception as error:", "tests/unit/test_writer.py -k ends_itself"),
     Defect("leave a killed thread's queue alone", "tiers/writer.py",
-           "            if self._jobs:\n                self._ensure_thread()\n", "", "tests/unit/test_writer.py -k left_queued --timeout 20"),
+           "            if self._jobs:\n                self._ensure_thread()\n", "", "tests/unit/test_writer.py -k left_queued"),
     Defect("open a store where bytes lie in the other order", "tiers/opening.py", '    if sys.byteorder != "little":',
            "    if False:", "tests/faults/test_identity_rows.py -k f14"),
 )  # fmt: skip

@@ -101,7 +101,9 @@ def test_f65_what_a_killed_thread_left_queued_is_run(writer):
     thread.join(10)
     assert (seen, writer.queued, writer.is_healthy) == ([], 1, False)
     del writer._next
-    assert writer.drain(10)
+    is_drained = writer.drain(5)
+    writer.submit(Job(lambda: None, 1))  # whatever came of it, the fixture's end finds a thread
+    assert is_drained
     assert seen == [1]
 
 
