@@ -64,8 +64,14 @@ def lookup(model: Any, token_ids: Sequence[int], store: TierStack | None = None)
     )  # fmt: skip
 
 
-def forget(model: Any, token_ids: Sequence[int], store: TierStack | None = None, *, keep_tokens: int = 0) -> int:
+def forget(
+    model: Any, token_ids: Sequence[int] | str, store: TierStack | None = None, *, keep_tokens: int = 0,
+    tokenizer: Any = None,
+) -> int:  # fmt: skip
     """Delete what ``store`` holds of a prompt, of its answers, and of every prompt that goes on from it.
+
+    The prompt is token ids, or text and the ``tokenizer`` that made ids of it, called with nothing but the text: what a
+    chat template puts around it must be in it.
 
     In the namespace of ``model`` as it stands now and of the store's salt and block size. What the first
     ``keep_tokens`` tokens make, such as a system prompt that others share, stays, in whole blocks. How many blocks and
@@ -73,13 +79,22 @@ def forget(model: Any, token_ids: Sequence[int], store: TierStack | None = None,
 
     Raises:
         UnsupportedModelError: ``model`` cannot take a GhostCache at all.
-        ConfigurationError: the model is not served as it stands now: it has no namespace.
+        ConfigurationError: the model is not served as it stands now: it has no namespace; or text without a tokenizer.
         StoreError: a store did not answer, or an entry still stands; try again.
     """
-    asked = _Asked.of(model, token_ids, store)
+    asked = _Asked.of(model, _ids_of(token_ids, tokenizer), store)
     if asked.chain is None:
         raise ConfigurationError(f"nothing is known of {len(asked.ids)} tokens of this model as it stands now")
     return asked.store.forget(asked.chain, keep_tokens=keep_tokens)
+
+
+def _ids_of(prompt: Sequence[int] | str, tokenizer: Any) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise ConfigurationError("a text is known by its token ids alone: give tokenizer=, or the ids")
+    ids: Sequence[int] = tokenizer(prompt)["input_ids"]
+    return ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ghostcacher
@@ -26,6 +24,7 @@ from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.stores.filesystem import FilesystemStore
 from ghostcacher.testing.models import random_prompt, tiny_model
 from ghostcacher.testing.tier import LAYOUT, blocks_of, chain_of
+from ghostcacher.testing.words import word_tokenizer, words_of
 
 ROOT = Path(__file__).parents[2]
 PROMPT = random_prompt(100, seed=3)
@@ -67,19 +66,10 @@ def test_f14_a_big_endian_machine_opens_no_store(tmp_path, monkeypatch):
         opened(tmp_path / "d")
 
 
-def tokenizer(opens_with=None, **special):
-    """One of words; ``opens_with`` is put in front of every text."""
-    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(2, 128)} | {"<s>": 1}, unk_token="<s>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    if opens_with:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 def test_f16_tokenizers_are_of_no_account_but_for_the_ids_they_give(models, generate, tmp_path):
-    model, text = models("llama"), " ".join(f"w{number}" for number in PROMPT[0].tolist())
-    plain, renamed = tokenizer(), tokenizer(bos_token="<s>", eos_token="<end>", additional_special_tokens=["<tool>"])
-    opening = tokenizer(opens_with="<s>")
+    model, text = models("llama"), words_of(PROMPT)
+    plain, renamed = word_tokenizer(), word_tokenizer(eos_token="<end>", additional_special_tokens=["<tool>"])
+    opening = word_tokenizer(begins=True)
     same, other = (each(text, return_tensors="pt")["input_ids"] for each in (renamed, opening))
     with opened(tmp_path / "d") as store:
         assert asked(generate, model, store, plain(text, return_tensors="pt")["input_ids"]) == 0

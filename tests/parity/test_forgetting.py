@@ -10,6 +10,7 @@ from ghostcacher import GhostCache, forget
 from ghostcacher.errors import ConfigurationError, StoreError
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.testing.models import random_prompt, tiny_model
+from ghostcacher.testing.words import word_tokenizer, words_of
 
 SYSTEM = random_prompt(128, seed=1)
 SECRET = torch.cat([SYSTEM, random_prompt(100, seed=2)], dim=1)
@@ -65,6 +66,16 @@ def test_without_a_part_to_keep_everything_that_begins_so_goes(llama, filled, tm
     forget(llama, SYSTEM[0].tolist(), filled)
     assert known(llama, OTHER, filled) == 0
     assert files(tmp_path) == {}
+
+
+def test_a_text_is_forgotten_by_what_the_tokenizer_makes_of_it(llama, filled):
+    text, tokenizer = words_of(SECRET), word_tokenizer()
+    with pytest.raises(ConfigurationError, match="tokenizer="):
+        forget(llama, text, filled)
+    assert forget(llama, text, filled, keep_tokens=128, tokenizer=word_tokenizer(begins=True)) == 0
+    assert known(llama, SECRET, filled) == 227
+    assert forget(llama, text, filled, keep_tokens=128, tokenizer=tokenizer) == 2
+    assert known(llama, SECRET, filled) == 128
 
 
 def test_what_another_process_stored_is_found_by_its_content(llama, filled, generate, tmp_path):
