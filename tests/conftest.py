@@ -95,6 +95,21 @@ def with_logits(generate):
 
 
 @pytest.fixture(scope="session")
+def cold(with_logits):
+    """`with_logits` without a cache, run once for all tests that ask for the same: nothing of ours is in it."""
+    known = {}
+
+    def run(model, ids, **options):
+        given = tuple((name, str(value.tolist() if torch.is_tensor(value) else value)) for name, value in options.items())
+        asked = (id(model), str(ids.tolist()), *sorted(given))
+        if asked not in known:
+            known[asked] = (model, with_logits(model, ids, None, **options))  # which keeps its id taken
+        return known[asked][1]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint():
     """A real server that speaks S3, on loopback."""
     pytest.importorskip("moto.server", reason="S3 needs moto[server]; `make test` installs it")

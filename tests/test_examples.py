@@ -50,8 +50,8 @@ def model(tmp_path_factory):
     return ["--model", folder]
 
 
-def test_quickstart_finds_its_text(tmp_path):
-    out = run(ROOT / "examples/quickstart.py", "--directory", tmp_path / "blocks")
+def test_quickstart_finds_its_text(model, tmp_path):
+    out = run(ROOT / "examples/quickstart.py", *model, "--directory", tmp_path / "blocks")
     assert "reused none" in out
     assert "reused 51" in out or "reused 52" in out
 

@@ -70,14 +70,14 @@ def remember(model, store, generate, prompt, shared):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_warm_answers_as_cold(recipe, model, store, generate, hit_tokens, mode, with_logits):
+def test_warm_answers_as_cold(recipe, model, store, generate, hit_tokens, mode, with_logits, cold):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
-    expected, cold = with_logits(model, prompt, None, **MODES[mode])
+    expected, cold_logits = cold(model, prompt, **MODES[mode])
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, prompt, cache, **MODES[mode])
     assert cache.report.cached_tokens in expected_hits(recipe, hit_tokens), cache.report
-    assert (logits - cold).abs().max() < (1e-5 if recipe in FULL_ATTENTION else 1e-4)
+    assert (logits - cold_logits).abs().max() < (1e-5 if recipe in FULL_ATTENTION else 1e-4)
     assert torch.equal(tokens, expected)
     warm = GhostCache(model, store)
     again, _ = with_logits(model, prompt, warm, **MODES[mode])
@@ -95,18 +95,18 @@ def expected_hits(recipe, hit_tokens):
 
 
 @pytest.mark.parametrize("pads", [(0, 7), (3, 3)])
-def test_padded_batches_answer_as_cold(recipe, model, store, generate, hit_tokens, pads, with_logits):
+def test_padded_batches_answer_as_cold(recipe, model, store, generate, hit_tokens, pads, with_logits, cold):
     if recipe in NO_PADS:
         pytest.skip("its padded rows depend on the padding")
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     rows = [torch.cat([torch.zeros(1, n, dtype=torch.long), prompt[:, : PROMPT_TOKENS - n]], 1) for n in pads]
     ids = torch.cat(rows)
     mask = (ids != 0).long()
-    expected, cold = with_logits(model, ids, None, attention_mask=mask)
+    expected, cold_logits = cold(model, ids, attention_mask=mask)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, ids, cache, attention_mask=mask)
-    assert (logits - cold).abs().max() < 1e-4
+    assert (logits - cold_logits).abs().max() < 1e-4
     assert torch.equal(tokens, expected)
     if hit_tokens < min(PROMPT_TOKENS - n for n in pads) and not (has_states(model) and len(set(pads)) > 1):
         assert cache.report.cached_tokens in expected_hits(recipe, hit_tokens), cache.report
@@ -135,18 +135,18 @@ def has_states(model):
     return adapter.has_states
 
 
-def test_attach_answers_as_cold(recipe, model, store, generate, hit_tokens, with_logits):
+def test_attach_answers_as_cold(recipe, model, store, generate, hit_tokens, with_logits, cold):
     prompt = random_prompt(PROMPT_TOKENS, seed=6)
-    expected, cold = with_logits(model, prompt, None)
+    expected, cold_logits = cold(model, prompt)
     remember(model, store, generate, prompt, hit_tokens)
     with attach(model, store) as attached:
         tokens, logits = with_logits(model, prompt, None)
         beams, _ = with_logits(model, prompt, None, num_beams=3, new=40)
-    assert (logits - cold).abs().max() < 1e-4
+    assert (logits - cold_logits).abs().max() < 1e-4
     assert torch.equal(tokens, expected)
     if recipe not in DROPS_THE_CACHE:
         assert attached.reports[0].cached_tokens in expected_hits(recipe, hit_tokens), attached.reports[0]
-    assert torch.equal(beams, with_logits(model, prompt, None, num_beams=3, new=40)[0])
+    assert torch.equal(beams, cold(model, prompt, num_beams=3, new=40)[0])
 
 
 def test_a_chat_answers_as_cold(recipe, model, store, generate):
@@ -173,18 +173,18 @@ def test_a_cache_used_twice_answers_as_cold(recipe, model, memory_store, generat
         assert torch.equal(again, generate(model, second))
 
 
-def test_chunks_answer_as_cold(recipe, model, store, generate, hit_tokens, with_logits):
+def test_chunks_answer_as_cold(recipe, model, store, generate, hit_tokens, with_logits, cold):
     if recipe in {"mamba", "jamba", "mamba2", "phi3"}:
         pytest.skip("transformers itself answers this type otherwise, or not at all, when it prefills in chunks")
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
-    expected, cold = with_logits(model, prompt, None)
+    expected, cold_logits = cold(model, prompt)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, prompt, cache, prefill_chunk_size=16)
     if not has_states(model):
         # each chunk leaves one token to compute
         assert cache.report.cached_tokens >= hit_tokens - 3
-    assert (logits - cold).abs().max() < 1e-4
+    assert (logits - cold_logits).abs().max() < 1e-4
     assert torch.equal(tokens, expected)
 
 
@@ -262,9 +262,9 @@ def test_short_suffixes_go_in_one_at_a_time_and_long_ones_run_cold(
     generate(model, torch.cat([shared, random_prompt(3, seed=2)], 1), GhostCache(model, store, boundaries=[150]), new=1)
     store.flush()
     prompt = torch.cat([shared, random_prompt(suffix_tokens, seed=3)], 1)
-    expected, cold = with_logits(model, prompt, None)
+    expected, cold_logits = with_logits(model, prompt, None)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, prompt, cache)
     assert cache.report.cached_tokens == (150 if suffix_tokens < 20 else 0)
-    assert (logits - cold).abs().max() < 1e-4
+    assert (logits - cold_logits).abs().max() < 1e-4
     assert torch.equal(tokens, expected)

@@ -55,10 +55,10 @@ def remember(model, store, generate, prompt, hit_tokens):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_f56_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode, with_logits):
+def test_f56_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens, mode, with_logits, cold):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     options = MODES[mode]
-    expected, expected_logits = with_logits(model, prompt, None, **options)
+    expected, expected_logits = cold(model, prompt, **options)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, prompt, cache, **options)
@@ -71,9 +71,9 @@ def test_f56_every_mode_answers_as_a_cold_run(model, store, generate, hit_tokens
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_attach_serves_code_that_makes_its_own_cache(model, store, generate, hit_tokens, mode, with_logits):
+def test_attach_serves_code_that_makes_its_own_cache(model, store, generate, hit_tokens, mode, with_logits, cold):
     prompt = random_prompt(PROMPT_TOKENS, seed=6)
-    expected, expected_logits = with_logits(model, prompt, None, **MODES[mode])
+    expected, expected_logits = cold(model, prompt, **MODES[mode])
     remember(model, store, generate, prompt, hit_tokens)
     with attach(model, store) as attached:
         tokens, logits = with_logits(model, prompt, None, **MODES[mode])
@@ -121,13 +121,13 @@ def test_logits_are_bit_equal_to_a_run_cut_at_the_same_place(model, store, gener
 
 
 @pytest.mark.parametrize("pads", [(0, 7, 30), (3, 3, 3)])
-def test_f54_left_padded_batches(model, store, generate, hit_tokens, pads, with_logits):
+def test_f54_left_padded_batches(model, store, generate, hit_tokens, pads, with_logits, cold):
     prompt = random_prompt(PROMPT_TOKENS, seed=5)
     ids = torch.cat(
         [torch.cat([torch.zeros(1, pad, dtype=torch.long), prompt[:, : PROMPT_TOKENS - pad]], 1) for pad in pads]
     )
     mask = (ids != 0).long()
-    expected, expected_logits = with_logits(model, ids, None, attention_mask=mask)
+    expected, expected_logits = cold(model, ids, attention_mask=mask)
     remember(model, store, generate, prompt, hit_tokens)
     cache = GhostCache(model, store)
     tokens, logits = with_logits(model, ids, cache, attention_mask=mask)

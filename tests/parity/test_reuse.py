@@ -76,7 +76,7 @@ def test_the_next_turn_of_a_chat_finds_its_history(model, store, generate, turns
             # all but what the last answer's last token and this turn's question add
             assert cache.report.cached_tokens >= text.shape[1] - 11 - 16
         del cache
-        gc.collect()
+        store.flush()
         text = torch.cat([out, random_prompt(10, seed=turn + 10)], 1)
 
 
