@@ -22,10 +22,15 @@ torch.set_num_threads(1)
 BLOCK_TOKENS = 16
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path, monkeypatch):
-    """No test reads or writes the user's own store."""
-    monkeypatch.setenv("GHOSTCACHER_HOME", str(tmp_path / "home"))
+def _own_home(homes, monkeypatch):
+    """No test reads or writes the user's own store, or another test's."""
+    monkeypatch.setenv("GHOSTCACHER_HOME", str(homes / uuid.uuid4().hex))
     monkeypatch.delenv("GHOSTCACHER_DISABLE", raising=False)
 
 
@@ -100,7 +105,9 @@ def cold(with_logits):
     known = {}
 
     def run(model, ids, **options):
-        given = tuple((name, str(value.tolist() if torch.is_tensor(value) else value)) for name, value in options.items())
+        given = tuple(
+            (name, str(value.tolist() if torch.is_tensor(value) else value)) for name, value in options.items()
+        )
         asked = (id(model), str(ids.tolist()), *sorted(given))
         if asked not in known:
             known[asked] = (model, with_logits(model, ids, None, **options))  # which keeps its id taken
