@@ -15,12 +15,10 @@ from typing import Any
 
 from ghostcacher.errors import ConfigurationError, MissingExtraError, StoreError, StoreRefusedError, StoreTimeoutError
 from ghostcacher.stores.base import Blob, Buffer, StoredEntry, checked_key, is_key
+from ghostcacher.stores.halves import AT_ONCE_SECONDS, Halves, asks_others, is_of_all
 
 SCHEMES = frozenset({"redis", "rediss", "redis+cluster", "rediss+cluster"})
 CONNECT_TIMEOUT_SECONDS = 0.5
-AT_ONCE_SECONDS = 1.0
-"""A read of a cluster that failed within it is tried once more: a node that is gone refuses, a hanging one does not."""
-
 VALUE_LIMIT_BYTES = 512 * 2**20
 LISTED_AT_ONCE = 1000
 _PREFIX = "ghostcacher/v1/"
@@ -28,16 +26,14 @@ _CLUSTER = "+cluster"
 _OUTAGES = frozenset({"BusyLoadingError", "MasterDownError", "AuthenticationError"})
 """Answers of a server that will not do anything for a while; others say no to what was asked."""
 
-_WHOLE_CLUSTER = frozenset({"ClusterDownError", "TryAgainError"})
-"""Said at once, by every node alike, for the second or two in which a cluster elects a master or moves slots."""
-
 
 class RedisStore:
     """Strings under ``ghostcacher/v1/<namespace>/<key>``.
 
     A server that does not accept a connection within 0.5 s, or does not answer within ``timeout_seconds``, is an error.
     Nothing is retried but what redis-py sends again to a cluster whose nodes have moved, and reads of a cluster: what
-    one half of its nodes, masters or replicas, fails to give at once is asked of the other half, then and from then on.
+    one half of its nodes, masters or replicas, fails to give at once is asked of the other half, then and from then on;
+    what it does not give in time is, too, from the next read on.
     Values never change: what a replica does not have yet is a miss.
     """
 
@@ -56,7 +52,7 @@ class RedisStore:
         self._lock = threading.Lock()
         self._opened: Any = None
         self._has_moved = False
-        self._reads_replicas = False
+        self._halves = Halves()
         retry = importlib.import_module("redis.retry") if _redis() else None
         never = retry.Retry(importlib.import_module("redis.backoff").NoBackoff(), 0) if retry else None
         self._options: dict[str, Any] = {
@@ -77,7 +73,9 @@ class RedisStore:
         self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
     ) -> Mapping[str, Buffer | StoreError]:
         """See `Store.get_many`."""
-        found = self._pipelined("read", keys, lambda pipe, name: pipe.getrange(name, 0, limit_bytes - 1), reads=True)
+        found = self._pipelined(
+            "read", keys, lambda pipe, name: pipe.getrange(name, 0, limit_bytes - 1), timeout_seconds
+        )
         values: dict[str, Buffer | StoreError] = {}
         for key, value in zip(keys, found, strict=True):
             if isinstance(value, Exception):
@@ -105,7 +103,7 @@ class RedisStore:
 
     def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
         """See `Store.contains_many`."""
-        found = self._all_well("look up", keys, lambda pipe, name: pipe.exists(name), reads=True)
+        found = self._all_well("look up", keys, lambda pipe, name: pipe.exists(name), timeout_seconds)
         return frozenset(key for key, is_there in zip(keys, found, strict=True) if is_there)
 
     def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
@@ -158,66 +156,74 @@ class RedisStore:
                     self._opened = _redis().Redis.from_url(self._url, **self._options)
             return self._opened
 
-    def _current(self) -> Any:
+    def _current(self, *, of_replicas: bool) -> Any:
         """The client; of a cluster where the last call failed, once its nodes have said anew who has what.
 
-        Asked for before a call, not after the failure: a breaker's probe comes when the cluster has changed again.
+        Asked for before a call, not after the failure: a breaker's probe comes when the cluster has changed again. So
+        too where replicas are wanted and none is known: a cluster does not name those that have nothing yet.
         """
         client = self._client()
-        if self._is_cluster and self._has_moved:
+        if self._is_cluster and (self._has_moved or (of_replicas and not client.get_replicas())):
             client.nodes_manager.initialize()
         return client
 
     def _pipelined(
-        self, what: str, keys: Sequence[str], add: Callable[[Any, str], object], *, reads: bool = False
+        self, what: str, keys: Sequence[str], add: Callable[[Any, str], object], read_seconds: float | None = None
     ) -> list[Any]:
-        """Answers to one command for each key, exceptions among them."""
+        """Answers to one command for each key, exceptions among them; in how many seconds the caller wants a read."""
         names = [_PREFIX + checked_key(key) for key in keys]
         if not names:
             return []
-        from_replicas = reads and self._reads_replicas
-        until = time.monotonic() + (AT_ONCE_SECONDS if reads and self._is_cluster else 0.0)
-        with _as_store_errors(what, is_there=not reads and self._reads_replicas):
+        with _as_store_errors(what):
+            if read_seconds is None or not self._is_cluster:
+                return self._sent(names, add, from_replicas=False)
+            return self._read(names, add, read_seconds)
+
+    def _read(self, names: Sequence[str], add: Callable[[Any, str], object], timeout_seconds: float) -> list[Any]:
+        """From one half of a cluster; if it fails at once, from the other."""
+        until = time.monotonic() + AT_ONCE_SECONDS
+        with self._halves.reading(timeout_seconds) as from_replicas:
             try:
                 answers = self._sent(names, add, from_replicas=from_replicas)
             except Exception as error:
-                if not _asks_others([error], until):
+                if not asks_others([error], until):
                     raise
             else:
-                if not _asks_others([answer for answer in answers if isinstance(answer, Exception)], until):
+                if not asks_others([answer for answer in answers if isinstance(answer, Exception)], until):
                     return answers
             answers = self._sent(names, add, from_replicas=not from_replicas)
-            self._reads_replicas = not from_replicas
+            self._halves.are_replicas = not from_replicas
             return answers
 
     def _sent(self, names: Sequence[str], add: Callable[[Any, str], object], *, from_replicas: bool) -> list[Any]:
         try:
-            pipe = self._current().pipeline(transaction=False)
+            pipe = self._current(of_replicas=from_replicas).pipeline(transaction=False)
             if self._is_cluster and not from_replicas:
                 pipe.load_balancing_strategy = None
             for name in names:
                 add(pipe, name)
             answers: list[Any] = pipe.execute(raise_on_error=False)
-        except Exception:
-            self._has_moved = True
+        except Exception as error:
+            self._note([error])
             raise
-        self._has_moved = any(isinstance(answer, Exception) for answer in answers)
+        self._note([answer for answer in answers if isinstance(answer, Exception)])
         return answers
 
     def _all_well(
-        self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object], *,
-        reads: bool = False,
+        self, what: str, keys: Sequence[str] | Mapping[str, object], add: Callable[[Any, str], object],
+        read_seconds: float | None = None,
     ) -> list[Any]:  # fmt: skip
-        answers = self._pipelined(what, list(keys), add, reads=reads)
+        answers = self._pipelined(what, list(keys), add, read_seconds)
         if failed := next((answer for answer in answers if isinstance(answer, Exception)), None):
-            raise _error(what, failed, is_there=not reads and self._reads_replicas)
+            raise _error(what, failed)
         return answers
 
-
-def _asks_others(failed: Sequence[Exception], until: float) -> bool:
-    """Whether other nodes may know what these did not say, and there is time to ask them."""
-    says_all = any(type(error).__name__ in _WHOLE_CLUSTER for error in failed)
-    return bool(failed) and not says_all and time.monotonic() < until
+    def _note(self, failed: Sequence[Exception]) -> None:
+        """Whether the next call must ask the nodes anew. After one that hung this one does: nobody waits for it now."""
+        self._has_moved = any(not is_of_all(error) and "Timeout" not in type(error).__name__ for error in failed)
+        if self._is_cluster and any("Timeout" in type(error).__name__ for error in failed):
+            with contextlib.suppress(Exception):
+                self._client().nodes_manager.initialize()
 
 
 def _redis() -> Any:
@@ -228,22 +234,19 @@ def _redis() -> Any:
 
 
 @contextlib.contextmanager
-def _as_store_errors(what: str, *, is_there: bool = False) -> Iterator[None]:
+def _as_store_errors(what: str) -> Iterator[None]:
     """Whatever the client raises as our own error, not chained to it: see `_error`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 (redis-py's have several roots: RedisClusterException is no RedisError)
-        raise _error(what, error, is_there=is_there) from None
+        raise _error(what, error) from None
 
 
-def _error(what: str, error: BaseException, *, is_there: bool = False) -> StoreError:
-    """Without the client's words, and never chained to them: they may repeat what was sent, a password included.
-
-    ``is_there``: others of the cluster's nodes are, which a breaker must know: what they hold can be read.
-    """
+def _error(what: str, error: BaseException) -> StoreError:
+    """Without the client's words, and never chained to them: they may repeat what was sent, a password included."""
     name = type(error).__name__
     answers = importlib.import_module("redis.exceptions").ResponseError
-    says_no = is_there or (isinstance(error, answers) and name not in _OUTAGES)
+    says_no = isinstance(error, answers) and name not in _OUTAGES
     kind = StoreRefusedError if says_no else StoreTimeoutError if "Timeout" in name else StoreError
     return kind(f"cannot {what} at Redis: {name}")
 

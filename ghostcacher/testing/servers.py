@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,16 @@ class RedisServer:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+    def pause(self) -> None:
+        """Keep it from answering: connections stand, and nobody is told."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """After `pause`."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
 
 
 def free_port() -> int:

@@ -21,11 +21,62 @@ class BreakerStore:
 
     While it is out every call raises StoreError at once. At most 300 s pass between probes; one success ends it. A
     store that is there but says no to what was asked (StoreRefusedError) has not failed. Calls about nothing count not.
+    Reads and writes are counted apart: a cluster may give what it cannot take.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = store.name
         self._store = store
+        self._reads, self._writes = _Circuit(store.name, clock), _Circuit(store.name, clock)
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the next read would be refused."""
+        return self._reads.is_out
+
+    def get_many(
+        self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
+    ) -> Mapping[str, Buffer | StoreError]:
+        """See `Store.get_many`. Values that could not be read count as a failure of the call."""
+        if not keys:
+            return {}
+        return self._reads.asked(
+            lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
+            lambda values: any(map(_is_failure, values.values())),
+        )
+
+    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
+        """See `Store.put_many`."""
+        if not items:
+            return frozenset()
+        return self._writes.asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds, replace=replace))
+
+    def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
+        """See `Store.contains_many`."""
+        if not keys:
+            return frozenset()
+        return self._reads.asked(lambda: self._store.contains_many(keys, timeout_seconds=timeout_seconds))
+
+    def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
+        """See `Store.delete_many`."""
+        if not keys:
+            return
+        self._writes.asked(lambda: self._store.delete_many(keys, timeout_seconds=timeout_seconds))
+
+    def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
+        """See `Store.list_keys`."""
+        return iter(self._reads.asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
+
+    def close(self) -> None:
+        """Close the wrapped store's connections."""
+        close(self._store)
+
+
+class _Circuit:
+    """Of one kind of call: how many failed in a row, and until when there are none."""
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self._name = name
         self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
@@ -35,47 +86,10 @@ class BreakerStore:
 
     @property
     def is_out(self) -> bool:
-        """Whether the next call would be refused."""
         return self._out_until is not None and self._clock() < self._out_until
 
-    def get_many(
-        self, keys: Sequence[str], *, limit_bytes: int, timeout_seconds: float
-    ) -> Mapping[str, Buffer | StoreError]:
-        """See `Store.get_many`. Values that could not be read count as a failure of the call."""
-        if not keys:
-            return {}
-        return self._asked(
-            lambda: self._store.get_many(keys, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds),
-            lambda values: any(map(_is_failure, values.values())),
-        )
-
-    def put_many(self, items: Mapping[str, Blob], *, timeout_seconds: float, replace: bool = True) -> frozenset[str]:
-        """See `Store.put_many`."""
-        if not items:
-            return frozenset()
-        return self._asked(lambda: self._store.put_many(items, timeout_seconds=timeout_seconds, replace=replace))
-
-    def contains_many(self, keys: Sequence[str], *, timeout_seconds: float) -> frozenset[str]:
-        """See `Store.contains_many`."""
-        if not keys:
-            return frozenset()
-        return self._asked(lambda: self._store.contains_many(keys, timeout_seconds=timeout_seconds))
-
-    def delete_many(self, keys: Sequence[str], *, timeout_seconds: float) -> None:
-        """See `Store.delete_many`."""
-        if not keys:
-            return
-        self._asked(lambda: self._store.delete_many(keys, timeout_seconds=timeout_seconds))
-
-    def list_keys(self, prefix: str = "", *, timeout_seconds: float) -> Iterator[StoredEntry]:
-        """See `Store.list_keys`."""
-        return iter(self._asked(lambda: list(self._store.list_keys(prefix, timeout_seconds=timeout_seconds))))
-
-    def close(self) -> None:
-        """Close the wrapped store's connections."""
-        close(self._store)
-
-    def _asked(self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False) -> _Result:
+    def asked(self, call: Callable[[], _Result], has_failed: Callable[[_Result], bool] = lambda _: False) -> _Result:
+        """What ``call`` gives, if it may be made; ``has_failed`` says of what it gives whether that is a failure."""
         is_probe = self._enter()
         try:
             result = call()
@@ -94,7 +108,7 @@ class BreakerStore:
             if self._out_until is None:
                 return False
             if self._is_probed or self._clock() < self._out_until:
-                raise StoreError(f"tier {self.name} is out after {self._failures} failures; asked again later")
+                raise StoreError(f"tier {self._name} is out after {self._failures} failures; asked again later")
             self._is_probed = True
             return True
 

@@ -43,7 +43,8 @@ def answer(generate, model, store):
 
 def forgive(tier):
     """As 15 s and more without trouble would: the breaker asks again, the gate has forgotten how slow it was."""
-    tier.store._failures, tier.store._out_until = 0, None
+    for circuit in (tier.store._reads, tier.store._writes):
+        circuit._failures, circuit._out_until = 0, None
     tier.loading, tier.asking = Line(), Line()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -43,41 +42,42 @@ def test_f45_a_server_that_pauses_costs_its_deadline_and_comes_back(models, gene
         assert torch.equal(ask(generate, model, store)[0], expected)
         assert time.monotonic() - began < 20
         time.sleep(3)
-        store.tiers[0].store._failures, store.tiers[0].store._out_until = 0, None
+        store.tiers[0].store._reads._failures, store.tiers[0].store._reads._out_until = 0, None
         out, cached = ask(generate, model, store)
         assert torch.equal(out, expected)
         assert cached == 199
 
 
-@pytest.mark.slow
-def test_f45_a_master_cut_off_from_its_cluster_and_back(models, generate, redis_cluster):
-    """Stopped, as by a partition: clients hear nothing, its replica is elected, and it returns as one of these."""
+def test_f45_a_master_cut_off_from_its_cluster_and_back(models, generate, redis_cluster, monkeypatch):
+    """Halted, as by a partition: nobody is told. Its replica is read, then elected, and it returns as one of these."""
+    monkeypatch.setenv("GHOSTCACHER_REMOTE_TIMEOUT_SECONDS", "0.5")
     model, url = models("llama"), redis_cluster[0].url.replace("redis://", "redis+cluster://")
-    expected, cached = generate(model, PROMPT, new=2), []
+    expected = generate(model, PROMPT, new=2)
     with opened(url) as store:
         ask(generate, model, store)
-        time.sleep(1.5)  # replicas follow
-        client = store.tiers[0].store._store._store._client()
-        key = next(iter(store.tiers[0].entries())).store_key
-        port = client.get_node_from_key(f"ghostcacher/v1/{key}").port
-        victim = next(node for node in redis_cluster if node.port == port).process
-        victim.send_signal(signal.SIGSTOP)
-        try:
-            for _ in range(80):  # what hangs opens the breaker, for 5 s and then for 10
-                out, found = ask(generate, model, store)
-                assert torch.equal(out, expected)
-                cached.append(found)
-                if found == 199:
-                    break
-                time.sleep(0.5)
-        finally:
-            victim.send_signal(signal.SIGCONT)
-        assert cached[-1] == 199
-        for _ in range(6):
+    time.sleep(1.5)  # replicas follow
+
+    def until_whole(store):
+        """Right answers, and hits again within five seconds."""
+        began, found = time.monotonic(), 0
+        while found < 192 and time.monotonic() - began < 5.0:
             out, found = ask(generate, model, store)
             assert torch.equal(out, expected)
-            time.sleep(0.5)
-        assert found == 199
+        assert found >= 192
+
+    with opened(url) as store:
+        until_whole(store)
+        key = next(iter(store.tiers[0].entries())).store_key
+        port = store.tiers[0].store._store._store._client().get_node_from_key(f"ghostcacher/v1/{key}").port
+        holder = next(node for node in redis_cluster if node.port == port)
+        holder.pause()
+        try:
+            until_whole(store)
+            assert store.tiers[0].store._store._store._halves.are_replicas
+        finally:
+            holder.resume()
+        for _ in range(3):
+            until_whole(store)
 
 
 def test_f46_slots_that_move_while_prompts_come(models, generate, redis_cluster):
@@ -102,7 +102,7 @@ def test_f46_slots_that_move_while_prompts_come(models, generate, redis_cluster)
             assert torch.equal(out, expected)
             cached.append(tokens)
         assert moving.wait(30) == 0
-        store.tiers[0].store._failures, store.tiers[0].store._out_until = 0, None
+        store.tiers[0].store._reads._failures, store.tiers[0].store._reads._out_until = 0, None
         for _ in range(2):
             out, tokens = ask(generate, model, store)
             assert torch.equal(out, expected)

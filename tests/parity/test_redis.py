@@ -59,7 +59,7 @@ def test_f44_a_cluster_serves_and_outlives_a_master(models, generate, redis_clus
                 cached.append(cache.report.cached_tokens)
                 assert not store.tiers[0].store.is_out
                 time.sleep(0.25)
-            assert store.tiers[0].store._store._store._reads_replicas
+            assert store.tiers[0].store._store._store._halves.are_replicas
             assert cached[0] == 199, "a replica has it"
             assert cached[-1] == 199, "and is the master now"
         finally:
@@ -78,7 +78,7 @@ def test_f46_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models,
             assert torch.equal(generate(model, longer, cache), generate(model, longer))
             assert cache.report.cached_tokens >= 200
         assert store.stats().failed == 0
-        assert store.tiers[1].store.is_out
+        assert store.tiers[1].store._writes.is_out
 
 
 def test_f39_a_server_that_is_gone_is_a_miss_and_soon_costs_nothing(models, generate, tmp_path):

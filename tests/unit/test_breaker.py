@@ -161,6 +161,19 @@ def test_whatever_a_client_raises_is_a_failure(breaker, faulty, monkeypatch):
     assert breaker.is_out
 
 
+def test_a_store_that_takes_nothing_still_gives(breaker, faulty):
+    faulty.failing = frozenset({"put_many", "delete_many"})
+    for _ in range(FAILURES):
+        with pytest.raises(StoreError):
+            breaker.put_many({key(1): [b"x"]}, timeout_seconds=1.0)
+    calls = len(faulty.calls)
+    with pytest.raises(StoreError):
+        breaker.delete_many([key(1)], timeout_seconds=1.0)
+    assert len(faulty.calls) == calls
+    assert ask(breaker) == frozenset()
+    assert not breaker.is_out
+
+
 def test_a_call_about_nothing_says_nothing(breaker, faulty, clock):
     faulty.failing = DOWN
     fail(breaker, FAILURES)
