@@ -59,10 +59,11 @@ class PrefixIndex:
         ``kl`` is the one that its certificate says was replayed.
         """
         with self._lock:
-            self._forget(key.digest)
-            used = self._clock() if used_at_seconds is None else used_at_seconds
-            children = sum(len(run) for run in self._children.get(key.digest, {}).values())
-            self._entries[key.digest] = Entry(key, size_bytes, used, lossy, kl, children)
+            entry = self._forget(key.digest) or Entry(key, 0, 0.0)  # which stays pinned while it is read
+            entry.size_bytes, entry.lossy, entry.kl = size_bytes, lossy, kl
+            entry.used_at_seconds = self._clock() if used_at_seconds is None else used_at_seconds
+            entry.children = sum(len(run) for run in self._children.get(key.digest, {}).values())
+            self._entries[key.digest] = entry
             self.size_bytes += size_bytes
             self._namespaces[key.namespace] += size_bytes
             if key.is_snapshot:

@@ -79,3 +79,15 @@ def test_lossy_blocks_are_invisible_to_an_exact_reader():
     asked = chain([1] * 9)
     assert covered(index.longest(asked)) == 8
     assert covered(index.longest(asked, exact_only=True)) == 4
+
+
+def test_a_block_that_is_noted_again_while_it_is_read_stays_pinned():
+    index = PrefixIndex()
+    (key,) = chain([1, 2, 3, 4]).covering(0, 4)
+    index.add(key, 1)
+    with index.pinned([key.digest]):
+        index.add(key, 2, lossy=True)
+        assert list(index.victims(1, LeastRecentlyUsed())) == []
+        entry = index.get(key.digest)
+        assert (entry.size_bytes, entry.lossy, index.size_bytes) == (2, True, 2)
+    assert [entry.key for entry in index.victims(1, LeastRecentlyUsed())] == [key]
