@@ -73,19 +73,21 @@ def test_f35_readers_outlive_what_evicts_under_them(models, generate, tmp_path, 
     writer.start()
     try:
         with opened(tmp_path / "d", disk=budget_bytes) as store:
-            for _ in range(40):
+            for turn in range(400):
                 out, report = run(generate, model, store)
                 assert torch.equal(out, expected)
                 found.append(report.cached_tokens)
                 used.append(used_bytes(tmp_path / "d"))
-            evicted = store.stats().tiers[0].evicted
+                evicted = store.stats().tiers[0].evicted
+                if turn >= 40 and evicted > 10 and min(found[1:]) < 99 and max(found) > 0:
+                    break
     finally:
         ends.set()
         writer.join()
     record_property("trials", len(found))
     assert evicted > 10
-    assert len([tokens for tokens in found if tokens]) > 0
-    assert len([tokens for tokens in found if tokens < 99]) > 0
+    assert min(found[1:]) < 99
+    assert max(found) > 0
     assert max(used) <= budget_bytes + block_bytes
 
 
@@ -232,18 +234,18 @@ def test_f60_what_is_being_injected_is_not_evicted(record_property):
     tier, blocks = tier_of(DecodedTier), blocks_of(chain_of(128))
     for block in blocks:
         assert tier.offer(Offer(block))
-    others, seen = iter(blocks_of(chain_of(128, first=5000))), []
+    others, seen, keys = iter(blocks_of(chain_of(128, first=5000))), [], [block.key for block in blocks]
 
     def place(block):
         tier.offer(Offer(next(others)))
-        seen.append(all(key.digest in tier.index for key in (b.key for b in blocks)))
+        seen.append(all(key.digest in tier.index for key in keys))
         assert tier.stats().size_bytes <= tier.budget_bytes
 
-    placed = tier.fetch([block.key for block in blocks], LAYOUT, place, exact_only=True)
+    placed = tier.fetch(keys, LAYOUT, place, exact_only=True)
     record_property("trials", len(seen))
     assert len(placed) == 8
     assert seen == [True] * 8
-    assert tier.offer(Offer(next(iter(blocks_of(chain_of(16, first=9000)))))), "afterwards they are"
+    assert tier.offer(Offer(blocks_of(chain_of(16, first=9000))[0])), "afterwards they are"
     assert tier.stats().evicted > 0
 
 
