@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 AT_ONCE_SECONDS = 1.0
 """A read that failed within it is tried once more: a node that is gone refuses, a hanging one does not."""
 
+NAMES_ASKED_SECONDS = 10.0
+"""A cluster does not name replicas that have nothing yet, or has none: it is not asked for them at every read."""
+
 _WHOLE_CLUSTER = frozenset({"ClusterDownError", "TryAgainError"})
 """Said at once, by every node alike, for the second or two in which a cluster elects a master or moves slots."""
 
@@ -24,6 +27,7 @@ class Halves:
         self.are_replicas = False
         self._lock = threading.Lock()
         self._reading: dict[object, tuple[float, bool]] = {}
+        self._ask_again_at_seconds = 0.0
 
     @contextlib.contextmanager
     def reading(self, timeout_seconds: float) -> Iterator[bool]:
@@ -41,6 +45,15 @@ class Halves:
         finally:
             with self._lock:
                 self._reading.pop(read, None)
+
+    def asks_for_names(self) -> bool:
+        """Whether a read of replicas, of which none is known, asks who they are; every ten seconds one does."""
+        with self._lock:
+            now = time.monotonic()
+            asks = now >= self._ask_again_at_seconds
+            if asks:
+                self._ask_again_at_seconds = now + NAMES_ASKED_SECONDS
+            return asks
 
     def _leave_if_overdue(self, now: float) -> None:
         overdue = [read for read, (due, half) in self._reading.items() if due < now and half == self.are_replicas]

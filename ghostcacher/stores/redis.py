@@ -160,10 +160,10 @@ class RedisStore:
         """The client; of a cluster where the last call failed, once its nodes have said anew who has what.
 
         Asked for before a call, not after the failure: a breaker's probe comes when the cluster has changed again. So
-        too where replicas are wanted and none is known: a cluster does not name those that have nothing yet.
+        too, now and then, where replicas are wanted and none is known.
         """
         client = self._client()
-        if self._is_cluster and (self._has_moved or (of_replicas and not client.get_replicas())):
+        if self._has_moved or (of_replicas and not client.get_replicas() and self._halves.asks_for_names()):
             client.nodes_manager.initialize()
         return client
 
@@ -220,8 +220,11 @@ class RedisStore:
 
     def _note(self, failed: Sequence[Exception]) -> None:
         """Whether the next call must ask the nodes anew. After one that hung this one does: nobody waits for it now."""
-        self._has_moved = any(not is_of_all(error) and "Timeout" not in type(error).__name__ for error in failed)
-        if self._is_cluster and any("Timeout" in type(error).__name__ for error in failed):
+        if not self._is_cluster:
+            return
+        hung = [error for error in failed if "Timeout" in type(error).__name__]
+        self._has_moved = any(error not in hung and not is_of_all(error) for error in failed)
+        if hung:
             with contextlib.suppress(Exception):
                 self._client().nodes_manager.initialize()
 

@@ -51,3 +51,8 @@ def test_others_are_asked_in_time_and_of_what_only_some_would_say():
     assert not asks_others([], soon)
     assert not asks_others([ConnectionError()], past)
     assert not asks_others([ConnectionError(), ClusterDownError()], soon)
+
+
+def test_a_cluster_without_replicas_is_not_asked_for_them_at_every_read():
+    halves = Halves()
+    assert [halves.asks_for_names() for _ in range(3)] == [True, False, False]
