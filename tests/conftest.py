@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,19 @@ from ghostcacher.testing.models import tiny_model
 
 torch.set_num_threads(1)
 BLOCK_TOKENS = 16
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def in_another_process():
+    """A script run by an interpreter of its own, which finds the package: what it ended with and said."""
+
+    def run(script, argument, *options, **variables):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **variables}
+        command = [sys.executable, *options, "-c", script, str(argument)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

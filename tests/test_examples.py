@@ -88,8 +88,8 @@ def tiny(tmp_path):
 
 
 # `make demo` is the real one, and fails if its answers differ.
-@pytest.mark.parametrize("size", ["tiny", pytest.param("model", marks=pytest.mark.slow)])
-def test_the_demo_prints_its_document_and_nothing_else(size, request, tmp_path):
+@pytest.mark.parametrize(("size", "at_least"), [("tiny", 10**6), pytest.param("model", 10**8, marks=pytest.mark.slow)])
+def test_the_demo_prints_its_document_and_nothing_else(size, at_least, request, tmp_path):
     command = ["-c", "from ghostcacher.cli import main; main()", "demo", *request.getfixturevalue(size)]
     runs = json.loads(run(*command, "--directory", tmp_path / "blocks", "--format", "json"))["runs"]
     assert [each["name"] for each in runs] == ["cold", "cold", "warm", "warm"]
@@ -101,7 +101,7 @@ def test_the_demo_prints_its_document_and_nothing_else(size, request, tmp_path):
     assert [each["tier"] for each in warm] == ["disk", "disk"]
     assert all(each["cached_tokens"] > 2900 for each in warm)
     assert all(each["cached_tokens"] == 0 for each in cold)
-    assert all(each["bytes"] > 10**6 for each in warm)
+    assert all(each["bytes"] > at_least for each in warm)
 
 
 @pytest.mark.slow

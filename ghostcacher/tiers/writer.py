@@ -114,7 +114,7 @@ class Writer:
     def _finish(self, job: Job) -> None:
         try:
             job.run()
-        except BaseException as error:  # noqa: BLE001 (the thread must outlive any job, and what a store's client raises)
+        except BaseException as error:  # noqa: BLE001 (the thread must outlive any job, a SystemExit in it too)
             self.failed += 1
             self._observe(CacheEvent("error", f"cannot store: {type(error).__name__}: {error}", "writer", job.tokens))
         finally:

@@ -8,10 +8,8 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from ghostcacher.stores.directory import DirectoryStore
 from ghostcacher.testing.models import random_prompt
 from ghostcacher.testing.store import key
 
-ROOT = Path(__file__).parents[2]
 PROMPT = random_prompt(100, seed=3)
 
 
@@ -38,13 +35,6 @@ def run(generate, model, store, prompt=PROMPT, new=3):
     out = generate(model, prompt, cache, new=new)
     store.flush()
     return out, cache.report
-
-
-def in_another_process(script, argument, *options, **variables):
-    """``script`` run by an interpreter of its own, which finds the package."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **variables}
-    command = [sys.executable, *options, "-c", script, str(argument)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_f13_a_block_of_another_format_is_a_miss_and_stays(models, generate, tmp_path):
@@ -140,7 +130,9 @@ def test_f58_memory_that_cannot_be_had_is_a_cold_run(models, generate, tmp_path,
     record_property("trials", fails_at - 1)
 
 
-def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(models, generate, tmp_path, record_property):
+def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(
+    models, generate, tmp_path, in_another_process, record_property
+):
     """As a data loader's worker does: the child has the parent's store object and none of its threads."""
     script = (
         "import os, sys, warnings; warnings.simplefilter('ignore')\n"
@@ -172,7 +164,7 @@ def test_f62_a_fork_in_the_middle_goes_on_on_both_sides(models, generate, tmp_pa
     record_property("trials", 5)
 
 
-def test_f66_checks_are_made_without_asserts(tmp_path):
+def test_f66_checks_are_made_without_asserts(tmp_path, in_another_process):
     """Under ``python -O``, with another hash seed, locale and umask: a changed block is refused there too."""
     script = (
         "import os, sys; os.umask(0)\n"
@@ -354,7 +346,7 @@ def test_f38_a_clock_that_jumps_makes_nothing_valid_and_nothing_invalid(days, mo
         assert store.stats().tiers[0].evicted > 0
 
 
-def test_f64_the_interpreter_ends_whatever_is_still_open(tmp_path):
+def test_f64_the_interpreter_ends_whatever_is_still_open(tmp_path, in_another_process):
     """Stores, caches and attachments that nobody closed, in globals, in cycles and in a thread."""
     script = (
         "import sys, threading, time, warnings; warnings.simplefilter('ignore')\n"

@@ -72,12 +72,13 @@ def test_f46_a_cluster_without_nodes_is_a_miss_beside_a_disk_that_has_it(models,
     with ghostcacher.open_store(tmp_path, **given) as store:
         generate(model, PROMPT, GhostCache(model, store), new=1)
         store.flush()
-        longer = torch.cat([PROMPT, random_prompt(60, seed=6)], dim=1)
-        for _ in range(4):
+        for turn in range(4):  # each with an end that the disk does not know either
+            longer = torch.cat([PROMPT, random_prompt(60, seed=6 + turn)], dim=1)
             cache = GhostCache(model, store)
             assert torch.equal(generate(model, longer, cache), generate(model, longer))
             assert cache.report.cached_tokens >= 200
         assert store.stats().failed == 0
+        assert store.tiers[1].store.is_out
         assert store.tiers[1].store._writes.is_out
 
 
