@@ -124,18 +124,17 @@ class Turn:
         turned, pairs = torch.empty_like(keys), self.cosine.shape[1]
         cosine, sine = self.cosine.to(keys.device), sine.to(keys.device)
         turned[..., 2 * pairs :] = keys[..., 2 * pairs :]
-        first, second = self.halves(keys[..., : 2 * pairs])
-        to_first, to_second = self.halves(turned[..., : 2 * pairs])
+        first, second = self.pairs(keys[..., : 2 * pairs]).unbind(-2)
+        to_first, to_second = self.pairs(turned[..., : 2 * pairs]).unbind(-2)
         to_first.copy_((first * cosine).addcmul_(second, sine, value=-1))
         to_second.copy_((second * cosine).addcmul_(first, sine))
         return turned
 
-    def halves(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """First and second channels of all pairs, ``[…, pairs]`` each, of those that are turned; both are views."""
+    def pairs(self, part: torch.Tensor) -> torch.Tensor:
+        """First and second channels of all pairs, ``[…, 2, pairs]``, of those that are turned, as a view."""
         if self.interleaved:
-            return part[..., ::2], part[..., 1::2]
-        first, second = torch.split(part, self.cosine.shape[1], dim=-1)
-        return first, second
+            return torch.unflatten(part, -1, (-1, 2)).transpose(-1, -2)
+        return torch.unflatten(part, -1, (2, -1))
 
 
 @dataclass(frozen=True, slots=True)

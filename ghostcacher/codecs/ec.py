@@ -2,8 +2,9 @@
 
 One step for all keys, or values, of a layer: ``c`` times the root mean square of what is left when each channel's mean
 is taken away. A group of fixed width pays for its own outlier; an entropy coder does not. Keys are coded as they were
-before rope where the layout says how they were turned: channels then keep their means. In long blocks channels of like
-spread, half an octave apart, have a frame of their own. What is not coded: `grouping`; how codes are stored: `symbols`.
+before rope where the layout says how they were turned: channels then keep their means. All codes of a layer share one
+table. Frames for classes of like channels would be a little smaller in long blocks, but their channels would have to
+be put back in order. What is not coded: `grouping`; how codes are stored: `symbols`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from ghostcacher.blocks import KVLayout, Rotation, TensorGroup
 from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.classes import one_class
 from ghostcacher.codecs.entropy import require
 from ghostcacher.codecs.grouping import (
     by_channel,
@@ -31,12 +33,11 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.heads import Heads, Lines
-from ghostcacher.codecs.symbols import SymbolCoder
+from ghostcacher.codecs.symbols import MOST_ADDED, SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
 STEP_RANGE = (0.01, 8.0)
-CLASSES = 8
-CLASSED_FROM_TOKENS = 512
+PHASES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,7 @@ class EntropyCodec:
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
         """Means ``[layers, n]`` and steps ``[layers]`` BF16, and what `SymbolCoder` gives.
 
-        ``n`` are all heads' channels, plane by plane (see `Heads`). ``classes`` ``[layers, n]`` is in which frame a
-        channel is, for blocks that are long enough.
+        ``n`` are all heads' channels, plane by plane (see `Heads`).
         """
         coded = coded_tokens(group, piece)
         if not coded:
@@ -84,8 +84,7 @@ class EntropyCodec:
         return (
             TensorField(f"{name}.mean", "BF16", per_channel),
             TensorField(f"{name}.step", "BF16", (layers,)),
-            *([TensorField(f"{name}.classes", "U8", per_channel)] if _is_classed(coded) else []),
-            *_coder(group, coded).fields(),
+            *_coder(name, self._heads(group, piece, coded), layers).fields(),
             *sink_fields(group, sink_tokens(piece, coded)),
             *rest_fields(group, piece, coded),
         )
@@ -100,8 +99,8 @@ class EntropyCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
-        order = self._heads(group, piece, coded).order
-        values = by_channel(group, tensor, piece, coded, self.rotation)[..., order.to(tensor.device)]
+        heads = self._heads(group, piece, coded)
+        values = by_channel(group, tensor, piece, coded, self.rotation)[..., heads.order.to(tensor.device)]
         mean = values[:, sinks:].mean(dim=1, keepdim=True).bfloat16()
         values = values.sub_(mean)
         values[:, :sinks] = 0.0
@@ -109,15 +108,10 @@ class EntropyCodec:
         first = tensor[..., :sinks, :].to(sink_dtype(group))
         # Turned keys are at most the square root of two larger than either of a pair; a code is off by half a step.
         largest = 1.5 * (values.abs().amax() + mean.float().abs().amax() + step.float().amax())
-        check_finite(group, mean, step, first, largest.to(group.spec.torch_dtype))
+        check_finite(group, mean, step, first, largest.to(group.spec.torch_dtype), largest + MOST_ADDED * step.float())
         codes = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None]).round_()
         parts = {f"{name}.mean": mean[:, 0], f"{name}.step": step}
-        if _is_classed(coded):
-            codes = codes.transpose(1, 2)
-            classes = parts[f"{name}.classes"] = _classes_of(codes)
-        else:
-            codes, classes = codes.flatten(1)[:, None], _one_class(len(step))
-        parts |= _coder(group, coded).pack(codes, classes)
+        parts |= _coder(name, heads, len(step)).pack(heads.lines(codes)[:, None])
         if sinks:
             parts[f"{name}.sinks"] = first
         return {**parts, **kept(group, tensor, piece, coded)}
@@ -133,19 +127,20 @@ class EntropyCodec:
         coded, name = coded_tokens(group, piece), group.name
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
-        classes = parts.get(f"{name}.classes", _one_class(group.shape(coded)[0]))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         mean = parts[f"{name}.mean"].float()[:, None]
         step = parts[f"{name}.step"].float()[:, None, None].expand_as(mean)
-        is_classed, back = _is_classed(coded), Lines(self._heads(group, piece, coded), mean, step, coded, decoded)
-        for codes in _coder(group, coded).unpack(parts, classes):
-            codes.put(back.room(codes.layers), is_turned=is_classed)
-            back.write(codes.layers)
+        heads = self._heads(group, piece, coded)
+        back = Lines(heads, mean, step, decoded)
+        for codes in _coder(name, heads, len(step)).unpack(parts):
+            codes.put(back.room(codes.layers))
+            back.write(codes.layers, added=codes.added)
         return put_kept(group, decoded, piece, coded, parts)
 
     def _heads(self, group: TensorGroup, piece: Piece, coded: int) -> Heads:
         _, heads, _, channels = group.shape(coded)
-        return Heads(heads, channels, turn_of(group, self.rotation, piece.start, coded))
+        turn = turn_of(group, self.rotation, piece.start, coded)
+        return Heads(coded, heads, channels, turn, phases=PHASES)
 
 
 def checked_step(name: str, c: object) -> float:
@@ -160,21 +155,9 @@ def checked_step(name: str, c: object) -> float:
     return float(c)
 
 
-def _is_classed(coded: int) -> bool:
-    """Whether a layer has several frames: in short blocks, tables and class numbers cost more than they save."""
-    return coded >= CLASSED_FROM_TOKENS
-
-
-def _coder(group: TensorGroup, coded: int) -> SymbolCoder:
-    """Rows are channels, or where there is one frame all that a layer has, token by token."""
-    layers, heads, _, channels = group.shape(coded)
-    if _is_classed(coded):
-        return SymbolCoder(group.name, layers, heads * channels, coded, CLASSES)
-    return SymbolCoder(group.name, layers, 1, heads * coded * channels, 1)
-
-
-def _one_class(layers: int) -> torch.Tensor:
-    return torch.zeros((layers, 1), dtype=torch.uint8, device="cpu")
+def _coder(name: str, heads: Heads, layers: int) -> SymbolCoder:
+    """All that a layer has is one row; a byte holds neighbours in time, which are alike."""
+    return SymbolCoder(name, layers, 1, heads.tokens * sum(heads.widths), one_class(layers), heads.apart)
 
 
 def _spread(values: torch.Tensor) -> torch.Tensor:
@@ -182,10 +165,3 @@ def _spread(values: torch.Tensor) -> torch.Tensor:
     largest = values.abs().amax(dim=(1, 2))
     scaled = values / torch.where(largest == 0, 1.0, largest)[:, None, None]
     return largest * scaled.square().mean(dim=(1, 2)).sqrt()
-
-
-def _classes_of(codes: torch.Tensor) -> torch.Tensor:
-    """Class of each channel of codes ``[layers, channels, tokens]``: half octaves of its spread, from the layer's."""
-    spread = codes.square().mean(dim=-1).clamp(min=1e-9).sqrt()
-    octaves = torch.log2(spread / spread.square().mean(dim=-1, keepdim=True).sqrt())
-    return (2 * octaves).round().add(CLASSES // 2 + 1).clamp(0, CLASSES - 1).to(torch.uint8)

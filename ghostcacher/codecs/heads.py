@@ -1,105 +1,146 @@
-"""Rows in which state is coded, and back into heads, keys turned as the model had them.
+"""Lines in which state is coded, and back into heads, keys turned as the model had them.
 
 Rope turns channels in pairs. Where keys are coded before it, the first channels of all heads' pairs make one plane, the
-second ones another, and channels that are not turned a third: turning then runs over whole planes, not over pieces of
-half a head, of which there are too many to start on each.
+second ones another, and channels that are not turned a block of their own: turning then runs over whole planes, not
+over pieces of half a head, of which there are too many to start on each. In the planes of `ec` all tokens of one phase,
+every fourth one, stand together: neighbours in time, which are alike, can share a byte, and unpacking runs over long
+pieces.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from math import gcd
 
 import torch
 
 from ghostcacher.blocks import Turn
 
 
-@dataclass(frozen=True, slots=True)
 class Heads:
-    """``heads`` heads of ``channels`` side by side, in each of some ``groups``; ``turn`` is how keys are turned."""
+    """``tokens`` of ``heads`` heads of ``channels`` side by side, in each of some ``groups``; ``turn`` is of keys.
 
-    heads: int
-    channels: int
-    turn: Turn | None
-    groups: int = 1
+    ``shapes`` are planes and channels of each block: of what is turned, and of what is not. ``widths`` are how many
+    columns each has. Lines are columns token by token, or where there are ``phases``, plane by plane.
+    """
+
+    def __init__(
+        self, tokens: int, heads: int, channels: int, turn: Turn | None, *, groups: int = 1, phases: int = 1
+    ) -> None:
+        self.tokens, self.heads, self.channels, self.turn = tokens, heads, channels, turn
+        self.groups, self.phases = groups, phases
+        self._turned = 0 if turn is None else 2 * turn.cosine.shape[1]
+        shapes = [(2, self._turned // 2), (1, channels - self._turned)]
+        self.shapes = [shape for shape in shapes if shape[1]]
+        self.widths = [heads * planes * channels for planes, channels in self.shapes]
 
     @property
     def order(self) -> torch.Tensor:
-        """Which channel stands in each column, head * channels + channel: plane after plane."""
+        """Which channel stands in each column, head * channels + channel: by block, plane, head."""
         natural = torch.arange(self.heads * self.channels, device="cpu").view(self.heads, self.channels)
-        return torch.cat([part.flatten() for part in self.parts(natural)])
+        return torch.cat([block.transpose(0, 1).flatten() for block in self.blocks(natural)])
 
     @property
-    def sizes(self) -> list[int]:
-        """How many channels each plane holds."""
-        if self.turn is None:
-            return [self.heads * self.channels]
-        pairs = self.turn.cosine.shape[1]
-        return [self.heads * each for each in (pairs, pairs, self.channels - 2 * pairs) if each]
+    def apart(self) -> int:
+        """How far from a code in `lines` the next token's is; of several blocks, what divides all their distances."""
+        return self.tokens // self.phases * self.heads * gcd(*(channels for _, channels in self.shapes))
 
-    def parts(self, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What of ``state`` ``[…, channels]`` is in each plane, as views: first, second, rest; or all of it."""
-        if self.turn is None:
-            return (state,)
-        turned = 2 * self.turn.cosine.shape[1]
-        return (*self.turn.halves(state[..., :turned]), state[..., turned:])
+    def blocks(self, state: torch.Tensor) -> list[torch.Tensor]:
+        """What of ``state`` ``[…, channels]`` is in each block, ``[…, planes, channels]``; views."""
+        plain = [state[..., None, self._turned :]] if self._turned < self.channels else []
+        return plain if self.turn is None else [self.turn.pairs(state[..., : self._turned]), *plain]
 
-    def places(self, state: torch.Tensor) -> list[torch.Tensor]:
-        """Where each plane goes in ``[layers, heads, tokens, channels]``; see `Lines.write`."""
-        return [part for part in self.parts(torch.unflatten(state, 1, (self.groups, -1))) if part.numel()]
+    def by_block(self, lines: torch.Tensor) -> list[torch.Tensor]:
+        """Views of ``lines`` ``[…, tokens * w]``: ``[…, planes, phases, tokens of a phase, heads * channels]`` each."""
+        if self.phases == 1:
+            return self.of_columns(torch.unflatten(lines, -1, (self.tokens, -1)))
+        parts = torch.split(lines, [self.tokens * width for width in self.widths], dim=-1)
+        return [
+            torch.unflatten(part, -1, (planes, self.phases, self.tokens // self.phases, -1))
+            for part, (planes, _) in zip(parts, self.shapes, strict=True)
+        ]
+
+    def of_columns(self, columns: torch.Tensor) -> list[torch.Tensor]:
+        """The same views of ``columns`` ``[…, tokens, w]``, in `order`."""
+        parts = torch.split(columns, self.widths, dim=-1)
+        return [
+            torch.unflatten(self.by_phase(part), -1, (planes, -1)).transpose(-4, -2)
+            for part, (planes, _) in zip(parts, self.shapes, strict=True)
+        ]
+
+    def lines(self, columns: torch.Tensor) -> torch.Tensor:
+        """``columns`` ``[layers, tokens, w]``, in `order`, as ``[layers, tokens * w]``."""
+        return torch.cat([block.flatten(1) for block in self.of_columns(columns)], dim=1)
+
+    def by_phase(self, columns: torch.Tensor) -> torch.Tensor:
+        """``[…, tokens, w]`` as ``[…, tokens of a phase, phases, w]``; a view."""
+        return torch.unflatten(columns, -2, (-1, self.phases))
 
 
 class Lines:
     """Numbers to state: mean + slope * number in fp32, turned, by head, into ``decoded``, some layers at a time.
 
-    ``mean`` and ``slope`` are ``[layers, groups, w]``, channels plane after plane; ``decoded`` is
+    ``mean`` and ``slope`` are ``[layers, groups, w]``, in `Heads.order`; ``decoded`` is
     ``[layers, heads, at least the tokens, channels]``.
     """
 
-    def __init__(
-        self, heads: Heads, mean: torch.Tensor, slope: torch.Tensor, tokens: int, decoded: torch.Tensor
-    ) -> None:
-        self._heads, self._tokens, self._device = heads, tokens, decoded.device
-        self._mean, self._slope = mean.to(decoded.device), slope.to(decoded.device)
-        self._dtype, self._places = decoded.dtype, heads.places(decoded[:, :, :tokens])
-        self._rows = torch.empty(0, device="cpu")
-        self._turns = None
+    def __init__(self, heads: Heads, mean: torch.Tensor, slope: torch.Tensor, decoded: torch.Tensor) -> None:
+        self._heads, self._device, self._dtype = heads, decoded.device, decoded.dtype
+        self._means, self._slopes = self._by_plane(mean), self._by_plane(slope)
+        by_head = torch.unflatten(decoded[:, :, : heads.tokens], 1, (heads.groups, heads.heads))
+        self._places = heads.blocks(by_head)
+        self._lines = torch.empty(0, device="cpu")
         if heads.turn is not None:
-            turns = (heads.turn.cosine, heads.turn.sine)
-            self._turns = tuple(part.to(decoded.device).repeat(1, heads.heads) for part in turns)
+            self._cosine, self._sine = map(self._over_heads, (heads.turn.cosine, heads.turn.sine))
 
     def room(self, layers: slice) -> torch.Tensor:
-        """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens, w]``, used again and again."""
-        count = layers.stop - layers.start
-        if len(self._rows) != count:
-            self._make_room(count)
-        return self._rows
+        """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens * w]``; see `Heads.by_block`.
 
-    def write(self, layers: slice) -> None:
-        """Restore ``layers``, whose numbers are where `room` said."""
-        torch.addcmul(self._mean[layers, :, None], self._rows, self._slope[layers, :, None], out=self._rows)
-        if self._turns is None:
-            self._casts[0].copy_(self._planes[0])
-        else:
-            self._turn(*self._turns)
+        It is used again and again.
+        """
+        count = layers.stop - layers.start
+        if len(self._lines) != count:
+            self._make_room(count)
+        return self._lines
+
+    def write(self, layers: slice, added: int = 0) -> None:
+        """Restore ``layers``, whose numbers are where `room` said, with something ``added`` to each."""
+        for mean, slope, block in zip(self._means, self._slopes, self._blocks, strict=True):
+            offset = torch.sub(mean[layers], slope[layers], alpha=added)
+            torch.addcmul(offset, block, slope[layers], out=block)
+        if self._heads.turn is not None:
+            self._turn()
+        # Cast first, then put by head: torch is slow at both at once.
+        for cast, plane in zip(self._casts, self._planes, strict=True):
+            cast.copy_(plane)
         for place, by_head in zip(self._places, self._by_head, strict=True):
             place[layers].copy_(by_head)
 
-    def _make_room(self, layers: int) -> None:
-        heads, whole = self._heads, torch.contiguous_format
-        shape = (layers, heads.groups, self._tokens, sum(heads.sizes))
-        self._rows = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._planes = torch.split(self._rows, heads.sizes, dim=-1)
-        # Cast in one piece, then put by head: torch is slow at both at once.
-        self._casts = [torch.empty_like(plane, dtype=self._dtype, memory_format=whole) for plane in self._planes]
-        self._by_head = [torch.unflatten(cast, 3, (heads.heads, -1)).transpose(2, 3) for cast in self._casts]
-        self._turned = torch.empty_like(self._planes[0], memory_format=whole)
+    def _by_plane(self, columns: torch.Tensor) -> list[torch.Tensor]:
+        """``[layers, groups, planes, 1, 1, heads * channels]`` of each block."""
+        parts = zip(torch.split(columns.to(self._device), self._heads.widths, dim=-1), self._heads.shapes, strict=True)
+        return [torch.unflatten(part, -1, (planes, 1, 1, -1)) for part, (planes, _) in parts]
 
-    def _turn(self, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        first, second, *rest = self._planes
-        torch.mul(first, cosine, out=self._turned).addcmul_(second, sine, value=-1)
-        self._casts[0].copy_(self._turned)
-        torch.mul(second, cosine, out=self._turned).addcmul_(first, sine)
-        self._casts[1].copy_(self._turned)
-        for cast, plane in zip(self._casts[2:], rest, strict=True):
-            cast.copy_(plane)
+    def _over_heads(self, angles: torch.Tensor) -> torch.Tensor:
+        """``[tokens, pairs]`` as ``[phases, tokens of a phase, heads * pairs]``."""
+        return torch.cat([self._heads.by_phase(angles.to(self._device)).transpose(0, 1)] * self._heads.heads, dim=-1)
+
+    def _make_room(self, layers: int) -> None:
+        heads = self._heads
+        shape = (layers, heads.groups, heads.tokens * sum(heads.widths))
+        self._lines = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._blocks = heads.by_block(self._lines)
+        self._planes = [plane for block in self._blocks for plane in block.unbind(2)]
+        if heads.turn is not None:
+            self._planes[0] = torch.empty_like(self._planes[0], memory_format=torch.contiguous_format)
+        self._casts: list[torch.Tensor] = []
+        self._by_head = []
+        for (planes, channels), width in zip(heads.shapes, heads.widths, strict=True):
+            cast = torch.empty((*shape[:2], heads.tokens, width), dtype=self._dtype, device=self._device)
+            self._casts += torch.unflatten(heads.by_phase(cast), -1, (planes, -1)).transpose(2, 4).unbind(2)
+            self._by_head.append(torch.unflatten(cast, -1, (planes, -1, channels)).permute(0, 1, 4, 2, 3, 5))
+
+    def _turn(self) -> None:
+        """Leave turned first channels in a plane of their own, second ones in place."""
+        first, second = self._blocks[0].unbind(2)
+        torch.mul(first, self._cosine, out=self._planes[0]).addcmul_(second, self._sine, value=-1)
+        second.mul_(self._cosine).addcmul_(first, self._sine)

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import Piece, Room, fresh
@@ -34,14 +32,11 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.heads import Heads, Lines
-from ghostcacher.codecs.products import product
-from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder, runs
+from ghostcacher.codecs.products import add_outliers, product
+from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
 
-CLASSES = 8
-_MIDDLE_CLASS = 4
-_HALF_OCTAVE = 0.5**0.5
 _CALIBRATE = "run `ghostcacher calibrate` with this model and this store"
 
 
@@ -95,7 +90,7 @@ class KvtCodec:
         if not coded:
             return rest_fields(group, piece, 0)
         sinks = sink_fields(group, sink_tokens(piece, coded))
-        return (*_coder(group, coded).fields(), *sinks, *rest_fields(group, piece, coded))
+        return (*self._coder(group, coded).fields(), *sinks, *rest_fields(group, piece, coded))
 
     def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
         """See `fields`.
@@ -116,7 +111,7 @@ class KvtCodec:
         codes[..., :sinks] = 0.0
         if not bool(codes.abs().amax() < CODE_LIMIT):
             raise BlockError("nonfinite", f"{name} holds values far beyond what was calibrated")
-        parts = _coder(group, coded).pack(codes, self._classes(table))
+        parts = self._coder(group, coded).pack(codes)
         if sinks:
             parts[f"{name}.sinks"] = first
         return {**parts, **kept(group, tensor, piece, coded)}
@@ -136,15 +131,14 @@ class KvtCodec:
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         heads = self._heads(group, table, piece, coded)
         mean, basis, scale = table.in_planes(heads, decoded.device)
-        back = Lines(heads, mean, scale * self.c, coded, decoded)
-        for codes in _coder(group, coded).unpack(parts, self._classes(table)):
-            small, places, large = codes.in_int8()
-            matrices = basis[codes.layers]
-            given = small.to(decoded.device).view(-1, matrices.shape[2], coded)
-            sums = product(given, matrices.flatten(0, 1))
-            rows = back.room(codes.layers)
-            rows.view(sums.shape).copy_(sums)
-            _add(rows, matrices, places, large)
+        back = Lines(heads, mean, scale * self.c, decoded)
+        for codes in self._coder(group, coded).unpack(parts):
+            small, rest = codes.in_int8()
+            matrices = basis[codes.layers].flatten(0, 1)
+            given = small.to(decoded.device).view(len(matrices), -1, coded)
+            numbers = back.room(codes.layers).view(len(matrices), coded, -1)
+            product(given, matrices, numbers)
+            add_outliers(numbers, matrices, rest)
             back.write(codes.layers)
         return put_kept(group, decoded, piece, coded, parts)
 
@@ -155,7 +149,7 @@ class KvtCodec:
     def _heads(self, group: TensorGroup, table: Table, piece: Piece, coded: int) -> Heads:
         channels = group.shape(coded)[3]
         turn = turn_of(group, self._rotation, piece.start, coded)
-        return Heads(table.basis.shape[2] // channels, channels, turn, table.basis.shape[1])
+        return Heads(coded, table.basis.shape[2] // channels, channels, turn, groups=table.basis.shape[1])
 
     def _table(self, group: TensorGroup) -> Table:
         return (self.tables.groups if self.tables else {})[group.name]
@@ -166,35 +160,12 @@ class KvtCodec:
         table = self.tables.groups.get(group.name) if self.tables and coded else None
         return coded if table is not None and table.fits(group) else 0
 
-    def _classes(self, table: Table) -> torch.Tensor:
-        """Octaves of how far each channel's codes spread, ``[layers, channels]``.
-
-        A reader must find the same ones: nothing here is rounded differently on another machine.
-        """
-        mantissa, exponent = torch.frexp((table.spread.double() / self.c).clamp(min=2.0**-_MIDDLE_CLASS))
-        octaves = exponent - 1 + (mantissa >= _HALF_OCTAVE).int()
-        return (octaves + _MIDDLE_CLASS).clamp(0, CLASSES - 1).to(torch.uint8)
-
-
-def _coder(group: TensorGroup, coded: int) -> SymbolCoder:
-    layers, heads, _, channels = group.shape(coded)
-    return SymbolCoder(group.name, layers, heads * channels, coded, CLASSES)
+    def _coder(self, group: TensorGroup, coded: int) -> SymbolCoder:
+        layers, heads, _, channels = group.shape(coded)
+        return SymbolCoder(group.name, layers, heads * channels, coded, self._table(group).classes(self.c))
 
 
 def _times(matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """``[layers, parts, w, w]`` times ``[layers, n, tokens]``, part by part, ``[layers, n, tokens]``."""
     layers, parts, width, _ = matrices.shape
     return torch.matmul(matrices, columns.reshape(layers, parts, width, -1)).view(layers, parts * width, -1)
-
-
-def _add(rows: torch.Tensor, basis: torch.Tensor, places: NDArray[np.int64], large: NDArray[np.float32]) -> None:
-    """Add to ``[layers, parts, tokens, w]`` codes too large for int8, times ``basis`` ``[layers, parts, w, w]``."""
-    if not len(places):
-        return
-    layers, parts, width, _ = basis.shape
-    indexes = np.unravel_index(places, (layers, parts, width, rows.shape[2]))
-    layer, part, row, token = (torch.from_numpy(index).to(rows.device) for index in indexes)
-    for one in runs(len(large), width):
-        codes = torch.from_numpy(large[one]).to(rows.device)
-        added = codes[:, None] * basis[layer[one], part[one], row[one]].float()
-        rows.index_put_((layer[one], part[one], token[one]), added, accumulate=True)

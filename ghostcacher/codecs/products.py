@@ -8,24 +8,56 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
+
+from ghostcacher.codecs.outliers import Outliers
 
 WIDTH_LIMIT = 1024
 """Sums of so many products of int8 are exact in fp32 too."""
 
 
-def product(codes: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """``codes`` ``[n, w, tokens]`` and ``basis`` ``[n, w, channels]``, int8: ``[n, tokens, channels]``, whole numbers.
+def product(codes: torch.Tensor, basis: torch.Tensor, into: torch.Tensor) -> None:
+    """``codes`` ``[n, w, tokens]`` and ``basis`` ``[n, w, channels]``, int8, ``into`` fp32 ``[n, tokens, channels]``.
 
-    They are int32, or fp32 where int8 products are not exact, or not on a CPU. ``w`` is at most `WIDTH_LIMIT`.
+    Whole numbers, exact: of fp32 where int8 products are not exact, or not on a CPU. ``w`` is at most `WIDTH_LIMIT`.
     """
     if codes.device.type != "cpu" or not _is_exact():
-        return torch.bmm(codes.float().transpose(1, 2), basis.float())
-    count, _, tokens = codes.shape
-    sums = torch.empty((count, tokens, basis.shape[2]), dtype=torch.int32, device="cpu")
+        torch.bmm(codes.float().transpose(1, 2), basis.float(), out=into)
+        return
+    sums = into.view(torch.int32)
     for each, one, to in zip(codes, basis, sums, strict=True):
         _of_int8(each.t(), one, to)
-    return sums
+    # A sum and its number are the same four bytes: there is less memory to go through.
+    into.copy_(sums)
+
+
+def add_outliers(numbers: torch.Tensor, matrices: torch.Tensor, rest: Outliers) -> None:
+    """Add 256 times the ``rest`` of codes that int8 does not hold, times ``matrices`` ``[n, w, channels]``.
+
+    ``numbers`` are ``[n, tokens, channels]``. Such codes are in the first rows, of the directions in which state varies
+    most.
+    """
+    if not len(rest):
+        return
+    shape = (*matrices.shape[:2], numbers.shape[1])
+    matrix, row, token = (torch.from_numpy(index) for index in np.unravel_index(rest.places, shape))
+    rows = int(row.max()) + 1
+    codes = torch.zeros((len(matrices), rows, numbers.shape[1]), dtype=torch.int64, device="cpu")
+    codes[matrix, row, token] = torch.from_numpy(rest.codes).long()
+    digits = _digits(codes)
+    scaled = [256.0**place * matrices[:, :rows].float() for place in range(1, len(digits) + 1)]
+    numbers.baddbmm_(torch.cat(digits, dim=1).to(numbers.device).transpose(1, 2), torch.cat(scaled, dim=1))
+
+
+def _digits(codes: torch.Tensor) -> list[torch.Tensor]:
+    """Base 256, from -128 to 127, lowest first: products of them are exact at any precision that torch is set to."""
+    digits = []
+    while bool(codes.any()):
+        lowest = ((codes + 128) & 255) - 128
+        digits.append(lowest.float())
+        codes = (codes - lowest) >> 8
+    return digits
 
 
 def _of_int8(rows: torch.Tensor, columns: torch.Tensor, to: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Codes come as ``[layers, rows, columns]``. Layers are coded in runs (see `runs`): a run is what is unpacked at once. In
 a run, the rows of one class make one frame, with a Huffman table that fits them. A byte holds 1, 2 or 4 codes, whatever
-makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are listed.
+makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are `outliers`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ghostcacher.codecs.classes import Classes
 from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.codecs.header import VARIABLE, TensorField
+from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
 
 RUN_VALUES = 2**20
-UNPACKED_VALUES = 2**18
 WIDTHS = (1, 2, 4)
 CODE_LIMIT = 2**24
 PLACES_LIMIT = 2**31
-_LISTED_BYTES = 3
-_LISTED_SHARE = 0.02
-_CODE_BYTES = 4
-_MINUS = {1: 128, 2: 8, 4: 2}
+MOST_ADDED = 128
+"""A symbol is its code plus that, or plus less."""
+
+_ADDED = {0: 0, 1: MOST_ADDED, 2: 8, 4: 2}
+_OUTLIER_BYTES = 2
+_OUTLIERS_SHARE = 0.02
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -38,45 +41,42 @@ def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Codes of ``layers``: ``small`` ``[layers, rows, columns]`` int8, but at ``places`` ``[n]`` ``large`` ``[n]``."""
+    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]`` U8 with something ``added``, and outliers."""
 
     layers: slice
-    small: torch.Tensor
-    places: NDArray[np.int64]
-    large: NDArray[np.float32]
+    symbols: torch.Tensor
+    added: int
+    outliers: Outliers
 
-    def in_int8(self) -> tuple[torch.Tensor, NDArray[np.int64], NDArray[np.float32]]:
-        """All codes that int8 holds and 0 for the others, and places and codes of those. Changes ``small``."""
-        if not len(self.places):
-            return self.small, self.places, self.large
-        fits = np.abs(self.large) <= torch.iinfo(torch.int8).max
-        self.small.view(-1).numpy()[self.places] = np.where(fits, self.large, 0)
-        return self.small, self.places[~fits], self.large[~fits]
+    def in_int8(self) -> tuple[torch.Tensor, Outliers]:
+        """What int8 holds of each code, and of those that are larger the rest, in units of 256. Changes ``symbols``."""
+        small, codes = self.symbols.sub_(self.added).view(torch.int8), self.outliers.codes.astype(np.int64)
+        lowest = codes.astype(np.int8)
+        small.view(-1).numpy()[self.outliers.places] = lowest
+        rest = Outliers(self.outliers.places, ((codes - lowest) // 256).astype(np.float32))
+        return small, rest.where(rest.codes != 0)
 
-    def put(self, into: torch.Tensor, *, is_turned: bool = False) -> None:
-        """Write them to fp32 memory of that many, or as ``[layers, columns, rows]`` if ``is_turned``."""
-        layers, rows, columns = self.small.shape
-        places = self.places
-        if is_turned:
-            for layer, to in zip(self.small.to(into.device), into.view(layers, columns, rows), strict=True):
-                to.copy_(layer.float().t())
-            row, column = np.divmod(places, columns)
-            places = (row // rows * columns + column) * rows + row % rows
-        else:
-            into.view(self.small.shape).copy_(self.small.to(into.device))
-        if len(places):
-            into.view(-1)[torch.from_numpy(places).to(into.device)] = torch.from_numpy(self.large).to(into.device)
+    def put(self, into: torch.Tensor) -> None:
+        """Write them, still with what was ``added``, to fp32 memory of that many."""
+        into.view(self.symbols.shape).copy_(self.symbols.to(into.device))
+        if len(self.outliers):
+            places = torch.from_numpy(self.outliers.places).to(into.device)
+            into.view(-1).put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))
 
 
 @dataclass(frozen=True, slots=True)
 class SymbolCoder:
-    """Codes ``[layers, rows, columns]`` under the name ``name``, with at most ``classes`` frames in a run."""
+    """Codes ``[layers, rows, columns]`` under the name ``name``, rows in ``classes``: so many frames has a run.
+
+    Codes that share a byte stand ``apart`` from each other in their frame; 0: as far apart as it is long.
+    """
 
     name: str
     layers: int
     rows: int
     columns: int
-    classes: int
+    classes: Classes
+    apart: int = 0
 
     @property
     def runs(self) -> list[slice]:
@@ -84,169 +84,130 @@ class SymbolCoder:
         return runs(self.layers, self.rows * self.columns)
 
     def fields(self) -> tuple[TensorField, ...]:
-        """``sizes`` and ``codes_a_byte`` of each run's frames, and how many codes of it are ``listed``."""
+        """``sizes`` and ``codes_a_byte`` of each run's frames, and how many of its codes are ``outliers``."""
         count, name = len(self.runs), self.name
         return (
-            TensorField(f"{name}.sizes", "I32", (count, self.classes)),
-            TensorField(f"{name}.listed", "I32", (count,)),
-            TensorField(f"{name}.codes_a_byte", "U8", (count, self.classes)),
+            TensorField(f"{name}.sizes", "I32", (count, self.classes.count)),
+            TensorField(f"{name}.outlier_counts", "I32", (count,)),
+            TensorField(f"{name}.codes_a_byte", "U8", (count, self.classes.count)),
             TensorField(f"{name}.frames", "U8", (VARIABLE,)),
-            TensorField(f"{name}.list", "U8", (VARIABLE,)),
+            TensorField(f"{name}.outliers", "U8", (VARIABLE,)),
         )
 
-    def pack(self, codes: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`fields` of whole numbers ``codes`` in fp32, whose rows are in ``classes`` ``[layers, rows]``, U8.
+    def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`fields` of whole numbers ``codes`` in fp32.
 
         Raises:
             BlockError: ``geometry``: a run has 2^31 codes or more, whose places have no number.
         """
-        codes, classes = codes.cpu(), classes.cpu()
+        codes = codes.cpu()
         if self.runs and (self.runs[0].stop * self.rows * self.columns) >= PLACES_LIMIT:
             raise BlockError("geometry", f"{self.name}: {self.rows * self.columns} codes in a layer of one block")
         frames: list[_Frame] = []
-        listed: list[torch.Tensor] = []
+        outliers: list[Outliers] = []
         for run in self.runs:
-            rows, of_rows = codes[run].reshape(-1, self.columns), classes[run].reshape(-1)
-            own = [_smallest(rows, (of_rows == number).nonzero()[:, 0]) for number in range(self.classes)]
+            rows = codes[run].reshape(-1, self.columns)
+            own = [_smallest(rows[chosen], chosen, self.apart) for chosen in self.classes.chosen(run)]
             frames += own
-            listed.append(_in_order(torch.cat([frame.listed for frame in own])))
-        shape, name = (-1, self.classes), self.name
+            outliers.append(Outliers.of([frame.outliers for frame in own]))
+        shape, name = (-1, self.classes.count), self.name
         return {
             f"{name}.sizes": _numbers([len(frame.data) for frame in frames], torch.int32).view(shape),
-            f"{name}.listed": _numbers([len(each) for each in listed], torch.int32),
+            f"{name}.outlier_counts": _numbers([len(each) for each in outliers], torch.int32),
             f"{name}.codes_a_byte": _numbers([frame.width for frame in frames], torch.uint8).view(shape),
             f"{name}.frames": _bytes(b"".join(frame.data for frame in frames)),
-            f"{name}.list": _planes(torch.cat(listed)),
+            f"{name}.outliers": _bytes(packed(outliers)),
         }
 
-    def unpack(self, parts: Parts, classes: torch.Tensor) -> Iterator[Codes]:
-        """All codes, a few layers at a time: what is done with them then stays in the processor's cache.
+    def unpack(self, parts: Parts) -> Iterator[Codes]:
+        """All codes, some layers at a time.
 
         Raises:
             BlockError: ``frame``: sizes, widths or codes that `pack` does not write.
         """
-        sizes, widths = parts[f"{self.name}.sizes"], parts[f"{self.name}.codes_a_byte"]
-        flat = sizes.flatten().tolist()
-        data = parts[f"{self.name}.frames"]
-        if min(flat, default=0) < 0 or sum(flat) != len(data) or int(classes.max()) >= self.classes:
+        sizes, widths = parts[f"{self.name}.sizes"].tolist(), parts[f"{self.name}.codes_a_byte"].tolist()
+        flat, data = [size for own in sizes for size in own], parts[f"{self.name}.frames"]
+        if min(flat, default=0) < 0 or sum(flat) != len(data):
             raise BlockError("frame", f"{self.name}: sizes that do not fit the frames")
-        frames, listed = torch.split(data, flat), self._listed(parts)
-        for number, run in enumerate(self.runs):
-            own = frames[number * self.classes : (number + 1) * self.classes]
-            small = _unpacked(own, widths[number].tolist(), classes[run].reshape(-1), self.columns)
-            yield from self._by_layers(run, small.view(-1, self.rows, self.columns), listed[number])
+        frames, several = iter(torch.split(data, flat)), self.runs
+        codes = [(run.stop - run.start) * self.rows * self.columns for run in several]
+        counts = parts[f"{self.name}.outlier_counts"].tolist()
+        outliers = unpacked(parts[f"{self.name}.outliers"].numpy().data, counts, codes)
+        for run, own, found in zip(several, widths, outliers, strict=True):
+            symbols, added = self._unpacked([(next(frames), width) for width in own], run)
+            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found)
 
-    def _by_layers(self, run: slice, small: torch.Tensor, listed: torch.Tensor) -> Iterator[Codes]:
-        values = self.rows * self.columns
-        places, large = listed[:, 0].numpy().astype(np.int64), listed[:, 1].numpy().astype(np.float32)
-        if len(places) and not (places[0] >= 0 and places[-1] < small.numel() and bool((np.diff(places) > 0).all())):
-            raise BlockError("frame", f"{self.name}: listed codes outside their run, or in another order")
-        for layers in runs(len(small), values, UNPACKED_VALUES):
-            first, last = np.searchsorted(places, [layers.start * values, layers.stop * values])
-            of_run = slice(run.start + layers.start, run.start + layers.stop)
-            yield Codes(of_run, small[layers], places[first:last] - layers.start * values, large[first:last])
-
-    def _listed(self, parts: Parts) -> tuple[torch.Tensor, ...]:
-        counts = parts[f"{self.name}.listed"].tolist()
-        most = self.layers * self.rows * self.columns
-        if min(counts, default=0) < 0 or sum(counts) > most:
-            raise BlockError("frame", f"{self.name}: more codes listed than there are")
-        return torch.split(_from_planes(parts[f"{self.name}.list"], sum(counts)), counts)
+    def _unpacked(self, frames: list[tuple[torch.Tensor, int]], run: slice) -> tuple[torch.Tensor, int]:
+        """Symbols of one run, ``[rows, columns]``, and what was added to all its codes."""
+        rows = (run.stop - run.start) * self.rows
+        symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
+        if len(frames) == 1:
+            [(frame, width)] = frames
+            _spread(frame, width, self.apart, symbols)
+            return symbols, _ADDED[width]
+        counts, places = self.classes.sorted(run)
+        for (frame, width), part in zip(frames, torch.split(symbols, counts), strict=True):
+            _spread(frame, width, self.apart, part)
+            np.add(part.numpy(), MOST_ADDED - _ADDED[width], out=part.numpy())
+        return symbols.index_select(0, places), MOST_ADDED
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """One class of one run: ``listed`` ``[codes, 2]`` are place within the run and code, int32."""
+    """One class of one run; places of ``outliers`` are within the run."""
 
     data: bytes
     width: int
-    listed: torch.Tensor
+    outliers: Outliers
 
     @property
     def cost_bytes(self) -> int:
-        return len(self.data) + _LISTED_BYTES * len(self.listed)
+        return len(self.data) + _OUTLIER_BYTES * len(self.outliers)
 
 
-def _smallest(rows: torch.Tensor, chosen: torch.Tensor) -> _Frame:
-    """The frame of the ``chosen`` ones of ``rows`` ``[rows, columns]``; none if all their codes are 0."""
-    codes = rows[chosen]
+def _smallest(codes: torch.Tensor, chosen: torch.Tensor, apart: int) -> _Frame:
+    """The frame of ``codes`` ``[rows, columns]``, which are the rows ``chosen`` ``[rows]``; none if all are 0."""
     if not bool(codes.any()):
-        return _Frame(b"", 0, torch.empty((0, 2), dtype=torch.int32, device="cpu"))
-    most = codes.numel() * _LISTED_SHARE
-    frames = [frame for width in WIDTHS if (frame := _frame(codes, chosen, width, most)) is not None]
+        return _Frame(b"", 0, Outliers.none())
+    most = codes.numel() * _OUTLIERS_SHARE
+    frames = [frame for width in WIDTHS if (frame := _frame(codes, chosen, width, apart, most)) is not None]
     return min(frames, key=lambda frame: frame.cost_bytes)
 
 
-def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, most: float) -> _Frame | None:
-    minus, columns = _MINUS[width], codes.shape[1]
-    is_out = (codes < -minus) | (codes >= minus)
+def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, apart: int, most: float) -> _Frame | None:
+    added, columns = _ADDED[width], codes.shape[1]
+    is_out = (codes < -added) | (codes >= added)
     out = is_out.nonzero()
     if len(out) > most and width > 1:
         return None
     places = chosen[out[:, 0]] * columns + out[:, 1]
-    listed = torch.stack([places.to(torch.int32), codes[is_out].to(torch.int32)], dim=1)
-    parts = (codes.clamp(-minus, minus - 1) + minus).to(torch.uint8).view(width, -1)
-    symbols = parts[0].clone()
-    for number, part in enumerate(parts[1:], start=1):
-        symbols |= part << (8 // width * number)
-    data: memoryview = symbols.numpy().data
-    return _Frame(compress(data), width, listed)
+    # An outlier is 0 here, which costs least.
+    parts = (codes.masked_fill(is_out, 0.0) + added).to(torch.uint8).view(-1, width, apart or codes.numel() // width)
+    symbols = parts[:, 0].clone()
+    for number in range(1, width):
+        symbols |= parts[:, number] << (8 // width * number)
+    data: memoryview = symbols.view(-1).numpy().data
+    return _Frame(compress(data), width, Outliers(places.numpy(), codes[is_out].numpy()))
 
 
-def _in_order(listed: torch.Tensor) -> torch.Tensor:
-    return listed[listed[:, 0].argsort()]
-
-
-def _unpacked(frames: tuple[torch.Tensor, ...], widths: list[int], of_rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """Codes of one run, ``[rows, columns]`` int8."""
-    counts = of_rows.bincount(minlength=len(frames)).tolist()
-    codes = torch.empty((len(of_rows), columns), dtype=torch.int8, device="cpu")
-    begin = 0
-    for frame, width, count in zip(frames, widths, counts, strict=True):
-        _spread(frame, width, codes[begin : begin + count].view(-1))
-        begin += count
-    return codes if len(frames) == 1 else codes.index_select(0, _back_in_order(of_rows))
-
-
-def _back_in_order(of_rows: torch.Tensor) -> torch.Tensor:
-    """Where each row stands among rows sorted by class."""
-    order = np.argsort(of_rows.numpy(), kind="stable")
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    return torch.from_numpy(places)
-
-
-def _spread(frame: torch.Tensor, width: int, into: torch.Tensor) -> None:
-    """The codes of one frame into ``into`` ``[codes]`` int8."""
-    if not len(into) or (width == 0 and not frame.numel()):
+def _spread(frame: torch.Tensor, width: int, apart: int, into: torch.Tensor) -> None:
+    """The symbols of one frame into ``into`` ``[rows, columns]`` U8."""
+    if not into.numel() or (width == 0 and not frame.numel()):
         into.zero_()
         return
-    if width not in WIDTHS or len(into) % width:
+    if width not in WIDTHS or into.numel() % (width * max(apart, 1)):
         raise BlockError("frame", f"{width} codes in a byte")
     # In NumPy: torch would copy bytes that it must not write to.
-    symbols = np.frombuffer(decompress(frame.numpy().data, len(into) // width), dtype=np.uint8)
-    codes: NDArray[np.uint8] = into.view(torch.uint8).numpy()
-    bits, minus = 8 // width, _MINUS[width]
-    for number, part in enumerate(codes.reshape(width, -1)):
-        np.right_shift(symbols, bits * number, out=part)
+    packed = np.frombuffer(decompress(frame.numpy().data, into.numel() // width), dtype=np.uint8)
+    parts: NDArray[np.uint8] = into.numpy().reshape(-1, width, apart or len(packed))
+    packed, bits = packed.reshape(-1, parts.shape[2]), 8 // width
+    for number in range(width):
+        part = parts[:, number]
+        lowest = np.right_shift(packed, bits * number, out=part) if number else packed
         if number < width - 1:
-            np.bitwise_and(part, 2**bits - 1, out=part)
-    np.subtract(codes, minus, out=codes)
-
-
-def _planes(listed: torch.Tensor) -> torch.Tensor:
-    """``[codes, 2]`` int32 as one frame, byte planes apart: the upper ones are almost constant."""
-    if not len(listed):
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    planes = listed.contiguous().view(torch.uint8).view(-1, 2 * _CODE_BYTES).T.contiguous()
-    return _bytes(compress(planes.view(-1).numpy().data))
-
-
-def _from_planes(frame: torch.Tensor, count: int) -> torch.Tensor:
-    if not count and not len(frame):
-        return torch.empty((0, 2), dtype=torch.int32, device="cpu")
-    planes = _bytes(decompress(frame.numpy().data, count * 2 * _CODE_BYTES)).view(2 * _CODE_BYTES, count)
-    return planes.T.reshape(-1).view(torch.int32).view(count, 2)
+            np.bitwise_and(lowest, 2**bits - 1, out=part)
+    if width == 1:
+        parts[:, 0] = packed
 
 
 def _bytes(data: bytes) -> torch.Tensor:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ghostcacher.blocks import Rotation, TensorGroup
+from ghostcacher.codecs.classes import LIMIT, Classes
 from ghostcacher.codecs.heads import Heads
 from ghostcacher.codecs.products import WIDTH_LIMIT
 from ghostcacher.errors import BlockError
@@ -28,6 +29,8 @@ FORMAT = 2
 STEEPEST = 8.0
 """A curve that was measured as noise may be flat: neither it nor its inverse is followed further than that."""
 
+_MIDDLE_CLASS = 4
+_HALF_OCTAVE = 0.5**0.5
 _BASIS_RANK = 4
 _BASIS_LARGEST = 127
 _PARTS = ("mean", "basis", "scale", "spread")
@@ -96,6 +99,23 @@ class Table:
             kept = Restoring(mean.to(device), basis.to(device), scale.to(device))
             self._in_planes[heads.heads, heads.channels, device] = kept
         return kept
+
+    def classes(self, step: float) -> Classes:
+        """Octaves of how far each channel's codes spread at ``step``, ``[layers, channels]``. Kept.
+
+        A reader must find the same ones: nothing here is rounded differently on another machine.
+        """
+        kept = self._classes.get(step)
+        if kept is None:
+            mantissa, exponent = torch.frexp((self.spread.double() / step).clamp(min=2.0**-_MIDDLE_CLASS))
+            octaves = exponent - 1 + (mantissa >= _HALF_OCTAVE).int()
+            kept = Classes((octaves + _MIDDLE_CLASS).clamp(0, LIMIT - 1).to(torch.uint8))
+            self._classes[step] = kept
+        return kept
+
+    @cached_property
+    def _classes(self) -> dict[float, Classes]:
+        return {}
 
     @cached_property
     def _in_planes(self) -> dict[tuple[int, int, torch.device], Restoring]:

@@ -16,7 +16,7 @@ from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.codecs.tables import Table, Tables
-from ghostcacher.testing.codec import group
+from ghostcacher.testing.codec import group, sums_with_outliers
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 ROTATION = Rotation((1.0, 0.3, 0.1))
@@ -74,6 +74,19 @@ def test_a_gpu_codes_and_decodes_as_the_cpu_does(codec, name, dtype, tokens):
     there = codec.encode(given, tensor.cuda(), piece)
     again = codec.decode(given, piece, {field: part.cpu() for field, part in there.items()})
     assert (again - tensor).abs().max() <= 1.1 * (plain - tensor).abs().max() + 1e-4
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_sums_are_whole_numbers_at_any_precision(precision):
+    """With "high" a GPU multiplies numbers of eleven bits."""
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found, wanted = sums_with_outliers(torch.device("cuda"))
+    finally:
+        torch.set_float32_matmul_precision(kept)
+    assert torch.equal(found, wanted)
 
 
 @ON_A_GPU

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ghostcacher.blocks import Rotation
-from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs import products
+from ghostcacher.codecs.products import _digits
 from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.keys import TABLES
 from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.testing.codec import sums_with_outliers
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.tiers.shelf import Shelf
 
@@ -170,11 +172,29 @@ def test_a_flat_curve_is_not_followed_beyond_reason():
     assert 0 < flat.kl(8.0) < float("inf")
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_sums_are_whole_numbers_with_int8_products_or_without(is_exact, monkeypatch):
+    monkeypatch.setattr(products, "_is_exact", lambda: is_exact)
+    found, wanted = sums_with_outliers(torch.device("cpu"))
+    assert torch.equal(found, wanted)
+
+
+@given(st.lists(st.integers(-(2**31), 2**31), min_size=1))
+def test_codes_are_the_sum_of_their_digits(codes):
+    """Of eight bits each: no precision that torch may multiply in rounds them."""
+    digits = _digits(torch.tensor(codes))
+    assert all(-128 <= digit <= 127 for each in digits for digit in each)
+    whole = torch.zeros(len(codes), dtype=torch.float64)
+    for place, each in enumerate(digits):
+        whole += 256.0**place * each
+    assert whole.tolist() == codes
+
+
 def test_classes_at_exact_borders_follow_the_format():
     """From the text of docs/format.md, in whole numbers of Python."""
     spread = torch.tensor([[2.0**n * m for n in range(-6, 6) for m in (1.0, 0.5**0.5, 2**0.5, 1.4142135, 1.4142137)]])
     table = Table.of(torch.zeros_like(spread), torch.eye(spread.shape[1])[None, None], spread)
-    found = KvtCodec(0.5, tables())._classes(table)[0].tolist()
+    found = table.classes(0.5).numbers[0].tolist()
     expected = []
     for value in spread[0].tolist():
         mantissa, exponent = math.frexp(value / 0.5)
