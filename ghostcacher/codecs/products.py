@@ -45,9 +45,9 @@ def add_outliers(numbers: torch.Tensor, matrices: torch.Tensor, rest: Outliers) 
     rows = int(row.max()) + 1
     codes = torch.zeros((len(matrices), rows, numbers.shape[1]), dtype=torch.int64, device="cpu")
     codes[matrix, row, token] = torch.from_numpy(rest.codes).long()
-    digits = _digits(codes)
-    scaled = [256.0**place * matrices[:, :rows].float() for place in range(1, len(digits) + 1)]
-    numbers.baddbmm_(torch.cat(digits, dim=1).to(numbers.device).transpose(1, 2), torch.cat(scaled, dim=1))
+    for place, digits in enumerate(_digits(codes), start=1):
+        given = digits.to(numbers.device).transpose(1, 2)
+        numbers.baddbmm_(given, matrices[:, :rows].float(), alpha=256.0**place)
 
 
 def _digits(codes: torch.Tensor) -> list[torch.Tensor]:

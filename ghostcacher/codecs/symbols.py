@@ -192,10 +192,10 @@ def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, apart: int, mo
 
 def _spread(frame: torch.Tensor, width: int, apart: int, into: torch.Tensor) -> None:
     """The symbols of one frame into ``into`` ``[rows, columns]`` U8."""
-    if not into.numel() or (width == 0 and not frame.numel()):
+    if width == 0 and not frame.numel():
         into.zero_()
         return
-    if width not in WIDTHS or into.numel() % (width * max(apart, 1)):
+    if width not in WIDTHS or into.numel() % (width * max(apart, 1)) or not into.numel():
         raise BlockError("frame", f"{width} codes in a byte")
     # In NumPy: torch would copy bytes that it must not write to.
     packed = np.frombuffer(decompress(frame.numpy().data, into.numel() // width), dtype=np.uint8)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -29,6 +29,7 @@ FORMAT = 2
 STEEPEST = 8.0
 """A curve that was measured as noise may be flat: neither it nor its inverse is followed further than that."""
 
+KEPT_STEPS = 8
 _MIDDLE_CLASS = 4
 _HALF_OCTAVE = 0.5**0.5
 _BASIS_RANK = 4
@@ -100,22 +101,18 @@ class Table:
             self._in_planes[heads.heads, heads.channels, device] = kept
         return kept
 
-    def classes(self, step: float) -> Classes:
-        """Octaves of how far each channel's codes spread at ``step``, ``[layers, channels]``. Kept.
+    @cached_property
+    def classes(self) -> Callable[[float], Classes]:
+        """Of a step: octaves of how far each channel's codes spread at it, ``[layers, channels]``. Some are kept.
 
         A reader must find the same ones: nothing here is rounded differently on another machine.
         """
-        kept = self._classes.get(step)
-        if kept is None:
-            mantissa, exponent = torch.frexp((self.spread.double() / step).clamp(min=2.0**-_MIDDLE_CLASS))
-            octaves = exponent - 1 + (mantissa >= _HALF_OCTAVE).int()
-            kept = Classes((octaves + _MIDDLE_CLASS).clamp(0, LIMIT - 1).to(torch.uint8))
-            self._classes[step] = kept
-        return kept
+        return lru_cache(KEPT_STEPS)(self._classes_at)
 
-    @cached_property
-    def _classes(self) -> dict[float, Classes]:
-        return {}
+    def _classes_at(self, step: float) -> Classes:
+        mantissa, exponent = torch.frexp((self.spread.double() / step).clamp(min=2.0**-_MIDDLE_CLASS))
+        octaves = exponent - 1 + (mantissa >= _HALF_OCTAVE).int()
+        return Classes((octaves + _MIDDLE_CLASS).clamp(0, LIMIT - 1).to(torch.uint8))
 
     @cached_property
     def _in_planes(self) -> dict[tuple[int, int, torch.device], Restoring]:

@@ -301,6 +301,20 @@ def test_counts_of_outliers_that_cannot_be_are_refused(counts):
         list(coder.unpack(parts))
 
 
+@pytest.mark.parametrize("width", [0, 3, 4, 255])
+@pytest.mark.parametrize("place", [0, 1])
+def test_codes_a_byte_that_pack_does_not_write_are_refused(width, place):
+    """Of a class with rows, and of one without."""
+    coder = SymbolCoder("x", 1, 1, 64, Classes(torch.zeros((1, 1), dtype=torch.uint8), 2))
+    codes = torch.randint(-7, 8, (1, 1, 64), generator=torch.Generator().manual_seed(0)).float()
+    parts = dict(coder.pack(codes))
+    assert parts["x.codes_a_byte"].tolist() == [[2, 0]]
+    parts["x.codes_a_byte"][0, place] = width
+    if (width, place) != (0, 1):
+        with pytest.raises(BlockError, match="frame"):
+            list(coder.unpack(parts))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_lines_are_put_back_into_heads(data):
