@@ -1,8 +1,8 @@
 """``raw.z``: exact, about 10.7 bits a bf16 value: exponents in a plane of their own, Huffman coded.
 
-Of a bf16 value only the exponent is compressible; sign and mantissa are noise. They are kept
-as they are, a byte each; the exponents of a layer are one zstd frame (see `entropy`). Of fp32 there are three bytes of
-noise to one exponent. Other dtypes are stored as they are.
+Of a bf16 value only the exponent is compressible; sign and mantissa are noise. They are kept as they are, a byte each;
+the exponents of some layers are one zstd frame (see `entropy`). Of fp32 there are three bytes of noise to one exponent.
+Other dtypes are stored as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
 from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
+from ghostcacher.codecs.symbols import runs
 from ghostcacher.errors import BlockError
 
 _INTEGERS = {"bfloat16": torch.int16, "float32": torch.int32}
@@ -49,15 +50,15 @@ class PlaneCodec:
         return self
 
     def fields(self, group: TensorGroup, piece: Piece) -> tuple[TensorField, ...]:
-        """``noise`` U8 ``[layers, bytes]`` is all but the exponents; ``frames`` are theirs, end to end."""
+        """``noise`` U8 ``[layers, item bytes - 1, values]`` is all but the exponents; ``frames`` are theirs, by run."""
         shape = group.shape(piece.tokens)
         if not _is_coded(group, piece):
             return (TensorField(group.name, SAFETENSORS_DTYPES[group.spec.dtype], shape),)
-        layers, name = shape[0], group.name
+        layers, count, name = shape[0], prod(shape[1:]), group.name
         return (
-            TensorField(f"{name}.sizes", "I32", (layers,)),
+            TensorField(f"{name}.sizes", "I32", (len(runs(layers, count)),)),
             TensorField(f"{name}.frames", "U8", (VARIABLE,)),
-            TensorField(f"{name}.noise", "U8", (layers, prod(shape[1:]) * (_item_bytes(group) - 1))),
+            TensorField(f"{name}.noise", "U8", (layers, _item_bytes(group) - 1, count)),
         )
 
     def encode(self, group: TensorGroup, tensor: torch.Tensor, piece: Piece) -> Mapping[str, torch.Tensor]:
@@ -65,12 +66,13 @@ class PlaneCodec:
         if not _is_coded(group, piece):
             return {group.name: tensor}
         integers = tensor.contiguous().view(_INTEGERS[group.spec.dtype]).view(tensor.shape[0], -1)
-        planes = _rotated(integers, 1).view(torch.uint8).view(*integers.shape, _item_bytes(group))
-        frames = [compress(plane.contiguous().numpy().data) for plane in planes[..., -1]]
+        planes = _rotated(integers).view(torch.uint8).view(*integers.shape, _item_bytes(group))
+        exponents = [planes[run, :, -1].contiguous().view(-1) for run in runs(*integers.shape)]
+        frames = [compress(run.numpy().data) for run in exponents]
         return {
             f"{group.name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32),
             f"{group.name}.frames": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8),
-            f"{group.name}.noise": planes[..., :-1].reshape(len(planes), -1),
+            f"{group.name}.noise": planes[..., :-1].transpose(1, 2).contiguous(),
         }
 
     def decode(
@@ -84,17 +86,15 @@ class PlaneCodec:
         shape, name = group.shape(piece.tokens), group.name
         if not _is_coded(group, piece):
             return parts[name].view(shape)
-        sizes, count, item_bytes = parts[f"{name}.sizes"].tolist(), prod(shape[1:]), _item_bytes(group)
-        if min(sizes, default=0) < 0 or sum(sizes) != len(parts[f"{name}.frames"]):
+        sizes, noise, frames = (parts[f"{name}.{part}"] for part in ("sizes", "noise", "frames"))
+        if min(sizes.tolist(), default=0) < 0 or int(sizes.sum()) != len(frames):
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
         decoded = room(shape, group.spec.torch_dtype)
-        integers = decoded.view(-1).view(_INTEGERS[group.spec.dtype]).view(shape[0], count)
-        planes = integers.view(torch.uint8).view(shape[0], count, item_bytes)
-        planes[..., :-1] = parts[f"{name}.noise"].view(shape[0], count, item_bytes - 1)
-        for layer, frame in enumerate(torch.split(parts[f"{name}.frames"], sizes)):
-            exponents = bytearray(decompress(frame.numpy().data, count))
-            planes[layer, :, -1] = torch.frombuffer(exponents, dtype=torch.uint8)
-            integers[layer] = _rotated(integers[layer], -1)
+        integers = decoded.view(-1).view(_INTEGERS[group.spec.dtype]).view(len(noise), -1)
+        for run, frame in zip(runs(*integers.shape), torch.split(frames, sizes.tolist()), strict=True):
+            rows = integers[run]
+            exponents = torch.frombuffer(bytearray(decompress(frame.numpy().data, rows.numel())), dtype=torch.uint8)
+            _put(rows, exponents.view(rows.shape).to(rows.device), noise[run].to(rows.device))
         return decoded
 
 
@@ -106,9 +106,17 @@ def _item_bytes(group: TensorGroup) -> int:
     return group.spec.torch_dtype.itemsize
 
 
-def _rotated(integers: torch.Tensor, places: int) -> torch.Tensor:
-    """Bits rotated to the left by one place, or back: the sign leaves the exponent's byte, or returns."""
-    width = integers.element_size() * 8
-    if places == 1:
-        return (integers << 1) | ((integers >> (width - 1)) & 1)
-    return ((integers >> 1) & ~(-1 << (width - 1))) | (integers << (width - 1))
+def _rotated(integers: torch.Tensor) -> torch.Tensor:
+    """Bits rotated to the left by one place: the sign leaves the exponent's byte."""
+    return (integers << 1) | ((integers >> (integers.element_size() * 8 - 1)) & 1)
+
+
+def _put(integers: torch.Tensor, exponents: torch.Tensor, noise: torch.Tensor) -> None:
+    """The inverse of `_rotated`, of planes; ``noise`` is ``[layers, item bytes - 1, values]``, lowest bytes first."""
+    bits = integers.element_size() * 8
+    rest = noise[:, -1].to(integers.dtype)
+    for plane in reversed(noise[:, :-1].unbind(1)):
+        rest.bitwise_left_shift_(8).bitwise_or_(plane)
+    # Added, as the highest of these bits stay 0: that is one pass less than shift and or.
+    torch.add(rest >> 1, integers.copy_(exponents), alpha=1 << (bits - 9), out=integers)
+    integers.bitwise_or_(rest.bitwise_left_shift_(bits - 1))

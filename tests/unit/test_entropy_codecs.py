@@ -57,6 +57,17 @@ def test_raw_z_takes_less_than_eleven_bits_of_sixteen():
     assert bits(PlaneCodec().encode(given_group, tensor, Piece(0, 1024)), tensor) <= 10.8
 
 
+@pytest.mark.parametrize(("dtype", "integer"), [("bfloat16", torch.int16), ("float32", torch.int32)])
+def test_raw_z_keeps_every_bit(dtype, integer):
+    """All there are of bf16; of fp32 random ones: NaN with its payload, infinity, zero of either sign."""
+    limit = torch.iinfo(integer)
+    patterns = torch.arange(2**16) if integer is torch.int16 else torch.randint(limit.min, limit.max, (2**16,))
+    given_group = group("keys", heads=1, dim=64, layers=2, dtype=dtype)
+    tensor = patterns.to(integer).view(given_group.spec.torch_dtype).view(2, 1, 512, 64)
+    back = PlaneCodec().decode(given_group, Piece(0, 512), PlaneCodec().encode(given_group, tensor, Piece(0, 512)))
+    assert torch.equal(back.view(integer), tensor.view(integer))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_keys_are_coded_as_before_they_were_turned(interleaved):
     """Channels keep their means then: turned by position, they would be spread as wide as the means are large."""
