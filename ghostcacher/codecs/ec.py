@@ -100,7 +100,7 @@ class EntropyCodec:
             return {f"{name}.rest": tensor}
         sinks = sink_tokens(piece, coded)
         heads = self._heads(group, piece, coded)
-        values = by_channel(group, tensor, piece, coded, self.rotation)[..., heads.order.to(tensor.device)]
+        values = heads.columns(by_channel(group, tensor, piece, coded, self.rotation))
         mean = values[:, sinks:].mean(dim=1, keepdim=True).bfloat16()
         values = values.sub_(mean)
         values[:, :sinks] = 0.0

@@ -76,11 +76,11 @@ def turn_of(group: TensorGroup, rotation: Rotation | None, start: int, tokens: i
 def by_channel(
     group: TensorGroup, tensor: torch.Tensor, piece: Piece, coded: int, rotation: Rotation | None
 ) -> torch.Tensor:
-    """The coded tokens of ``tensor``, turned back, ``[layers, tokens, heads * channels]`` in fp32; a copy."""
+    """The coded tokens of ``tensor``, turned back, ``[layers, tokens, heads * channels]`` in fp32; may be a view."""
     values = tensor[..., :coded, :].float()
     if turn := turn_of(group, rotation, piece.start, coded):
         values = turn.back(values)
-    return values.transpose(1, 2).flatten(2).clone()
+    return values.transpose(1, 2).flatten(2)
 
 
 def sink_dtype(group: TensorGroup) -> torch.dtype:

@@ -36,8 +36,7 @@ class Heads:
     @property
     def order(self) -> torch.Tensor:
         """Which channel stands in each column, head * channels + channel: by block, plane, head."""
-        natural = torch.arange(self.heads * self.channels, device="cpu").view(self.heads, self.channels)
-        return torch.cat([block.transpose(0, 1).flatten() for block in self.blocks(natural)])
+        return self.columns(torch.arange(self.heads * self.channels, device="cpu"))
 
     @property
     def apart(self) -> int:
@@ -48,6 +47,11 @@ class Heads:
         """What of ``state`` ``[…, channels]`` is in each block, ``[…, planes, channels]``; views."""
         plain = [state[..., None, self._turned :]] if self._turned < self.channels else []
         return plain if self.turn is None else [self.turn.pairs(state[..., : self._turned]), *plain]
+
+    def columns(self, state: torch.Tensor) -> torch.Tensor:
+        """``state`` ``[…, heads * channels]`` in `order`, as a copy."""
+        by_head = torch.unflatten(state, -1, (self.heads, self.channels))
+        return torch.cat([block.transpose(-3, -2).flatten(-3) for block in self.blocks(by_head)], dim=-1)
 
     def by_block(self, lines: torch.Tensor) -> list[torch.Tensor]:
         """Views of ``lines`` ``[…, tokens * w]``: ``[…, planes, phases, tokens of a phase, heads * channels]`` each."""

@@ -103,7 +103,7 @@ class KvtCodec:
         if not coded:
             return {f"{name}.rest": tensor}
         table, sinks = self._table(group), sink_tokens(piece, coded)
-        values = by_channel(group, tensor, piece, coded, self._rotation).sub_(table.mean.to(tensor.device)[:, None])
+        values = by_channel(group, tensor, piece, coded, self._rotation) - table.mean.to(tensor.device)[:, None]
         largest = 1.5 * (values.abs().amax() + table.mean.abs().amax() + self.c * table.reach)
         first = tensor[..., :sinks, :].to(sink_dtype(group))
         check_finite(group, first, largest.to(group.spec.torch_dtype))

@@ -100,14 +100,15 @@ class SymbolCoder:
         Raises:
             BlockError: ``geometry``: a run has 2^31 codes or more, whose places have no number.
         """
-        codes = codes.cpu()
         if self.runs and (self.runs[0].stop * self.rows * self.columns) >= PLACES_LIMIT:
             raise BlockError("geometry", f"{self.name}: {self.rows * self.columns} codes in a layer of one block")
         frames: list[_Frame] = []
         outliers: list[Outliers] = []
         for run in self.runs:
             rows = codes[run].reshape(-1, self.columns)
-            own = [_smallest(rows[chosen], chosen, self.apart) for chosen in self.classes.chosen(run)]
+            small = rows.clamp(-MOST_ADDED, MOST_ADDED - 1).to(torch.int8).cpu().numpy()
+            given = _Run(rows.cpu().numpy(), small, self.apart)
+            own = [_smallest(given, chosen.numpy()) for chosen in self.classes.chosen(run)]
             frames += own
             outliers.append(Outliers.of([frame.outliers for frame in own]))
         shape, name = (-1, self.classes.count), self.name
@@ -153,6 +154,15 @@ class SymbolCoder:
 
 
 @dataclass(frozen=True, slots=True)
+class _Run:
+    """``codes`` ``[rows, columns]``, and those nearest to them in int8."""
+
+    codes: NDArray[np.float32]
+    small: NDArray[np.int8]
+    apart: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Frame:
     """One class of one run; places of ``outliers`` are within the run."""
 
@@ -165,29 +175,34 @@ class _Frame:
         return len(self.data) + _OUTLIER_BYTES * len(self.outliers)
 
 
-def _smallest(codes: torch.Tensor, chosen: torch.Tensor, apart: int) -> _Frame:
-    """The frame of ``codes`` ``[rows, columns]``, which are the rows ``chosen`` ``[rows]``; none if all are 0."""
-    if not bool(codes.any()):
+def _smallest(run: _Run, chosen: NDArray[np.int64]) -> _Frame:
+    """The frame of the rows ``chosen`` of ``run``; none if all their codes are 0."""
+    small = run.small[chosen] if len(chosen) < len(run.small) else run.small
+    if not small.any():
         return _Frame(b"", 0, Outliers.none())
-    most = codes.numel() * _OUTLIERS_SHARE
-    frames = [frame for width in WIDTHS if (frame := _frame(codes, chosen, width, apart, most)) is not None]
+    frames = [frame for width in WIDTHS if (frame := _frame(run, chosen, small, width)) is not None]
     return min(frames, key=lambda frame: frame.cost_bytes)
 
 
-def _frame(codes: torch.Tensor, chosen: torch.Tensor, width: int, apart: int, most: float) -> _Frame | None:
-    added, columns = _ADDED[width], codes.shape[1]
-    is_out = (codes < -added) | (codes >= added)
-    out = is_out.nonzero()
-    if len(out) > most and width > 1:
+def _frame(run: _Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width: int) -> _Frame | None:
+    added = _ADDED[width]
+    # Codes below the range wrap to its other side: one comparison finds both.
+    symbols = small.view(np.uint8) + np.uint8(added)
+    beyond = symbols >= 2 * added if width > 1 else (small == -added) | (small == added - 1)
+    if width > 1 and np.count_nonzero(beyond) > small.size * _OUTLIERS_SHARE:
         return None
-    places = chosen[out[:, 0]] * columns + out[:, 1]
+    at = np.flatnonzero(beyond)
+    row, column = np.divmod(at, small.shape[1])
+    places = chosen[row] * small.shape[1] + column
+    codes = run.codes.reshape(-1)[places]
+    is_out = (codes < -added) | (codes >= added)
     # An outlier is 0 here, which costs least.
-    parts = (codes.masked_fill(is_out, 0.0) + added).to(torch.uint8).view(-1, width, apart or codes.numel() // width)
-    symbols = parts[:, 0].clone()
+    symbols.reshape(-1)[at[is_out]] = added
+    parts = symbols.reshape(-1, width, run.apart or symbols.size // width)
+    packed = parts[:, 0].copy()
     for number in range(1, width):
-        symbols |= parts[:, number] << (8 // width * number)
-    data: memoryview = symbols.view(-1).numpy().data
-    return _Frame(compress(data), width, Outliers(places.numpy(), codes[is_out].numpy()))
+        packed |= parts[:, number] << (8 // width * number)
+    return _Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
 
 
 def _spread(frame: torch.Tensor, width: int, apart: int, into: torch.Tensor) -> None:

@@ -73,8 +73,9 @@ class CodecContract:
                 assert torch.equal(back, tensor)
             assert float((back - tensor).abs().max()) <= self.relative_error * float(tensor.abs().max())
 
-    def test_the_input_is_not_changed(self, codec: TensorCodec) -> None:
-        given = group()
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_the_input_is_not_changed(self, codec: TensorCodec, heads: int) -> None:
+        given = group(heads=heads)
         tensor = torch.randn(given.shape(64))
         kept = tensor.clone()
         codec.decode(given, Piece(0, 64), codec.encode(given, tensor, Piece(0, 64)))
