@@ -14,12 +14,14 @@ from safetensors.torch import save
 
 from ghostcacher.blocks import Rotation
 from ghostcacher.codecs import products
+from ghostcacher.codecs.base import Piece
+from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.products import _digits
 from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.keys import TABLES
 from ghostcacher.stores.memory import MemoryStore
-from ghostcacher.testing.codec import sums_with_outliers
+from ghostcacher.testing.codec import group, sums_with_outliers
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.tiers.shelf import Shelf
 
@@ -177,6 +179,31 @@ def test_sums_are_whole_numbers_with_int8_products_or_without(is_exact, monkeypa
     monkeypatch.setattr(products, "_is_exact", lambda: is_exact)
     found, wanted = sums_with_outliers(torch.device("cpu"))
     assert torch.equal(found, wanted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_forged_parts_are_refused_or_have_the_right_shape(data):
+    """Codes far out, of all sizes, among them: the rest of a code is added to a product."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 2, 16, 16, generator=generator))[0]
+    table = Table.of(torch.zeros(2, 32), basis, torch.rand(2, 32, generator=generator))
+    codec = KvtCodec(0.05, Tables({"keys": table}, Rotation((1.0, 0.1)), ()))
+    given_group, piece = group("keys", layers=2), Piece(0, 130)
+    tensor = torch.randn(given_group.shape(130), generator=generator) * 3
+    tensor[..., 1] *= 200
+    parts = {name: part.clone() for name, part in codec.encode(given_group, tensor, piece).items()}
+    assert int(parts["keys.outlier_counts"].sum()) > 10
+    named = [name for name in sorted(parts) if name.partition(".")[2] not in ("sinks", "rest")]
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw = parts[data.draw(st.sampled_from(named))].view(torch.uint8).view(-1)
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    reason = None
+    try:
+        found = codec.decode(given_group, piece, parts)
+    except BlockError as error:
+        reason = error.reason
+    assert reason == "frame" or found.shape == tensor.shape
 
 
 @given(st.lists(st.integers(-(2**31), 2**31), min_size=1))
