@@ -16,6 +16,9 @@ import torch
 
 import ghostcacher
 from ghostcacher import gate
+from ghostcacher.codecs import products
+from ghostcacher.codecs.classes import Classes
+from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.testing import servers
 from ghostcacher.testing.models import tiny_model
 
@@ -209,3 +212,23 @@ def _no_stray_threads():
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def sums_with_outliers():
+    """What `kvt` multiplies on a device, small codes and outliers, and what it must be."""
+
+    def compute(device):
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randint(-127, 128, (3, 32, 32), generator=generator).to(torch.int8)
+        codes = torch.randint(-127, 128, (3, 32, 64), generator=generator).float()
+        codes[0, 3, 7], codes[2, 0, 63], codes[1, 5, :4] = 100_000, -40_000, 128
+        coder = SymbolCoder("x", 3, 32, 64, Classes(torch.zeros((3, 32), dtype=torch.uint8)))
+        [found] = coder.unpack(coder.pack(codes))
+        small, rest = found.in_int8()
+        sums = torch.empty((3, 64, 32), device=device)
+        products.product(small.to(device), basis.to(device), sums)
+        products.add_outliers(sums, basis.to(device), rest)
+        return sums.cpu(), torch.einsum("lwt,lwc->ltc", codes.double(), basis.double()).float()
+
+    return compute

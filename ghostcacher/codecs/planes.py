@@ -65,7 +65,7 @@ class PlaneCodec:
         """See `fields`."""
         if not _is_coded(group, piece):
             return {group.name: tensor}
-        integers = tensor.contiguous().view(_INTEGERS[group.spec.dtype]).view(tensor.shape[0], -1)
+        integers = tensor.cpu().contiguous().view(_INTEGERS[group.spec.dtype]).view(tensor.shape[0], -1)
         planes = _rotated(integers).view(torch.uint8).view(*integers.shape, _item_bytes(group))
         exponents = [planes[run, :, -1].contiguous().view(-1) for run in runs(*integers.shape)]
         frames = [compress(run.numpy().data) for run in exponents]

@@ -7,12 +7,9 @@ import torch
 
 from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, LayerSpec, Role, TensorGroup, TensorSpec
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
-from ghostcacher.codecs.classes import Classes
 from ghostcacher.codecs.header import VARIABLE
-from ghostcacher.codecs.products import add_outliers, product
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
-from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.keys import Namespace, PrefixChain
 
 
@@ -104,18 +101,3 @@ def inputs(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
         "random": random, "constant": torch.full(shape, 0.7), "zero": torch.zeros(shape), "tiny": random * 1e-20,
         "large": random * 1e20, "outlier": random,
     }[kind]  # fmt: skip
-
-
-def sums_with_outliers(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `kvt` multiplies on ``device``, small codes and outliers, and what it must be."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randint(-127, 128, (3, 32, 32), generator=generator).to(torch.int8)
-    codes = torch.randint(-127, 128, (3, 32, 64), generator=generator).float()
-    codes[0, 3, 7], codes[2, 0, 63], codes[1, 5, :4] = 100_000, -40_000, 128
-    coder = SymbolCoder("x", 3, 32, 64, Classes(torch.zeros((3, 32), dtype=torch.uint8)))
-    [found] = coder.unpack(coder.pack(codes))
-    small, rest = found.in_int8()
-    sums = torch.empty((3, 64, 32), device=device)
-    product(small.to(device), basis.to(device), sums)
-    add_outliers(sums, basis.to(device), rest)
-    return sums.cpu(), torch.einsum("lwt,lwc->ltc", codes.double(), basis.double()).float()

@@ -17,7 +17,7 @@ from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.codecs.tables import Table, Tables
-from ghostcacher.testing.codec import group, sums_with_outliers
+from ghostcacher.testing.codec import group
 from ghostcacher.testing.models import random_prompt, tiny_model
 
 ROTATION = Rotation((1.0, 0.3, 0.1))
@@ -81,7 +81,7 @@ def test_a_gpu_codes_and_decodes_as_the_cpu_does(codec, name, dtype, tokens):
 
 @ON_A_GPU
 @pytest.mark.parametrize("precision", ["highest", "high"])
-def test_sums_are_whole_numbers_at_any_precision(precision):
+def test_sums_are_whole_numbers_at_any_precision(precision, sums_with_outliers):
     """With "high" a GPU multiplies numbers of eleven bits."""
     kept = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

@@ -21,7 +21,7 @@ from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.keys import TABLES
 from ghostcacher.stores.memory import MemoryStore
-from ghostcacher.testing.codec import group, sums_with_outliers
+from ghostcacher.testing.codec import group
 from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.tiers.shelf import Shelf
 
@@ -175,7 +175,7 @@ def test_a_flat_curve_is_not_followed_beyond_reason():
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_sums_are_whole_numbers_with_int8_products_or_without(is_exact, monkeypatch):
+def test_sums_are_whole_numbers_with_int8_products_or_without(is_exact, sums_with_outliers, monkeypatch):
     monkeypatch.setattr(products, "_is_exact", lambda: is_exact)
     found, wanted = sums_with_outliers(torch.device("cpu"))
     assert torch.equal(found, wanted)
