@@ -15,12 +15,16 @@ from ghostcacher.keys import BlockKey
 
 @dataclass(slots=True)
 class Entry:
-    """What an index knows of one block: sizes in bytes, times in seconds since the epoch, KL in nats a token."""
+    """What an index knows of one block: sizes in bytes, times in seconds since the epoch, KL in nats a token.
+
+    ``codec`` is empty, and size and the rest as good as unknown, of what a store has named and nobody has read.
+    """
 
     key: BlockKey
     size_bytes: int
     used_at_seconds: float
     lossy: bool = False
+    codec: str = ""
     kl: float | None = None
     children: int = 0
     pins: int = 0

@@ -51,27 +51,31 @@ class PrefixIndex:
             return list(self._entries.values())
 
     def add(
-        self, key: BlockKey, size_bytes: int, *, lossy: bool = False, used_at_seconds: float | None = None,
-        kl: float | None = None,
+        self, key: BlockKey, size_bytes: int, *, lossy: bool = False, codec: str = "", kl: float | None = None,
+        used_at_seconds: float | None = None,
     ) -> list[BlockKey]:  # fmt: skip
         """Note a block; returns the shorter tail blocks that it makes superfluous, which stay until removed.
 
-        ``kl`` is the one that its certificate says was replayed.
+        ``codec`` and ``kl`` are those of `Entry`.
         """
         with self._lock:
             entry = self._forget(key.digest) or Entry(key, 0, 0.0)  # which stays pinned while it is read
-            entry.size_bytes, entry.lossy, entry.kl = size_bytes, lossy, kl
+            entry.size_bytes, entry.lossy, entry.codec, entry.kl = size_bytes, lossy, codec, kl
             entry.used_at_seconds = self._clock() if used_at_seconds is None else used_at_seconds
             entry.children = sum(len(run) for run in self._children.get(key.digest, {}).values())
             self._entries[key.digest] = entry
-            self.size_bytes += size_bytes
-            self._namespaces[key.namespace] += size_bytes
-            if key.is_snapshot:
-                self._snapshots[key.namespace] += size_bytes
+            self._weigh(key, size_bytes)
             self._children[key.parent].setdefault(key.tokens[:TOKEN_BYTES], {})[key.digest] = key
             if parent := self._entries.get(key.parent):
                 parent.children += 1
             return self._outgrown_by(key)
+
+    def learn(self, digest: bytes, size_bytes: int, *, lossy: bool, codec: str, kl: float | None) -> None:
+        """Note what reading a block has told that was only named before. No use of it, and no change of others."""
+        with self._lock:
+            if (entry := self._entries.get(digest)) is not None and not entry.codec:
+                self._weigh(entry.key, size_bytes - entry.size_bytes)
+                entry.size_bytes, entry.lossy, entry.codec, entry.kl = size_bytes, lossy, codec, kl
 
     def remove(self, digest: bytes) -> Entry | None:
         """Forget a block; returns what was known of it."""
@@ -194,14 +198,17 @@ class PrefixIndex:
         ]  # fmt: skip
         return [other for other in shorter if self._entries[other.digest].is_evictable]
 
+    def _weigh(self, key: BlockKey, more_bytes: int) -> None:
+        self.size_bytes += more_bytes
+        self._namespaces[key.namespace] += more_bytes
+        if key.is_snapshot:
+            self._snapshots[key.namespace] += more_bytes
+
     def _forget(self, digest: bytes) -> Entry | None:
         entry = self._entries.pop(digest, None)
         if entry is None:
             return None
-        self.size_bytes -= entry.size_bytes
-        self._namespaces[entry.key.namespace] -= entry.size_bytes
-        if entry.key.is_snapshot:
-            self._snapshots[entry.key.namespace] -= entry.size_bytes
+        self._weigh(entry.key, -entry.size_bytes)
         runs = self._children[entry.key.parent]
         run = runs[entry.key.tokens[:TOKEN_BYTES]]
         del run[digest]

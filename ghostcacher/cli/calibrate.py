@@ -32,11 +32,17 @@ def calibrate(
     remote: Annotated[str | None, typer.Option(help="A remote store that shall have the tables too.")] = None,
     dtype: Annotated[str, typer.Option(help="As the model will be loaded: tables are of its weights.")] = "auto",
     prefix_tokens: Annotated[int, typer.Option(help="How much of each text is a prefix; 256 more are scored.")] = 1024,
+    codec: Annotated[
+        list[str] | None, typer.Option("--codec", help="Measure this one too, such as bnb_nf4 or your own.")
+    ] = None,
     output: Annotated[Format, typer.Option("--format", "-f", help="What to print.")] = Format.human,
 ) -> None:
-    """Learn the tables of codec kvt for a model (a minute for 135M parameters on two cores), and keep them."""
+    """Learn the tables of codec kvt for a model (a minute for 135M parameters on two cores), and keep them.
+
+    What other codecs cost on the model is measured too: a store's stats say it of its tiers.
+    """
     from ghostcacher.cli.demo_model import load
-    from ghostcacher.research import SCORED_TOKENS, calibrate, steps_of
+    from ghostcacher.research import COMPARED, SCORED_TOKENS, calibrate, steps_of
     from ghostcacher.tiers.opening import open_store
 
     sources = _read(text) if text else built_in()
@@ -45,15 +51,18 @@ def calibrate(
     windows = [window for source in sources if (window := _window(loaded.tokenizer, source, length)) is not None]
     if not windows:
         fail(f"no text has {length} tokens; give longer ones with --text, or a smaller --prefix-tokens")
+    codecs = (*COMPARED, *(codec or ()))
     with open_store(directory, memory=None, remote=remote) as store:
-        with tqdm(total=steps_of(len(windows)), desc="calibrating", disable=None, leave=False) as bar:
+        with tqdm(total=steps_of(len(windows), codecs), desc="calibrating", disable=None, leave=False) as bar:
             tables, weights = calibrate(
-                loaded.model, windows, prefix_tokens=prefix_tokens, progress=lambda _: _advance(bar)
+                loaded.model, windows, prefix_tokens=prefix_tokens, codecs=codecs, progress=lambda _: _advance(bar)
             )
         store.shelf.put(tables, weights)
     curve = [{"codec": f"kvt({step:g})", "kl": kl} for step, kl in tables.curve]
-    document = {"tables": tables.digest, "model": tables.model, "size_bytes": len(tables.blob), "curve": curve}
-    lines = [f"{point['codec']}: KL {point['kl']:.1e} nats a token" for point in curve]
+    costs = [{"codec": name, "kl": kl} for name, kl in tables.costs.items()]
+    document = {"tables": tables.digest, "model": tables.model, "size_bytes": len(tables.blob), "curve": curve,
+                "costs": costs}  # fmt: skip
+    lines = [f"{point['codec']}: KL {point['kl']:.1e} nats a token" for point in (*curve, *costs)]
     kept = f"kept tables {tables.digest[:12]} of {tables.model}, {format_bytes(len(tables.blob))}"
     emit(output, document, "\n".join([kept, *lines]))
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest, spoken
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader, check_digest
+from ghostcacher.codecs.spoken import spoken
 from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.keys import FLIGHTS, TABLES, holds_no_block
 from ghostcacher.stores.base import Buffer, StoredEntry

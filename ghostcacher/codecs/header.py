@@ -12,10 +12,11 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import xxhash
 
+from ghostcacher.codecs.spoken import spoken
 from ghostcacher.errors import BlockError
 from ghostcacher.keys import SEAL_MAGIC, BlockKey, pack_tokens, unpack_tokens
 
@@ -78,6 +79,14 @@ class Certificate:
         return cls(budget, predicted, replayed)
 
 
+class Coding(TypedDict):
+    """How a block was coded, for an index: the codec as `spoken`, and the KL that was replayed if it was certified."""
+
+    lossy: bool
+    codec: str
+    kl: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class BlockHeader:
     """Everything a stored block says of itself. Equal headers render to equal bytes."""
@@ -94,6 +103,12 @@ class BlockHeader:
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(field.size_bytes for field in self.fields)
+
+    @property
+    def coding(self) -> Coding:
+        """What an index notes of it."""
+        kl = self.certificate.replayed if self.certificate else None
+        return Coding(lossy=self.lossy, codec=spoken(self.codec), kl=kl)
 
     def render(self) -> bytes:
         """Length prefix and JSON, padded to 64 bytes, with zeros where the digest goes."""
@@ -166,12 +181,6 @@ def _field(name: str, found: Mapping[str, Any]) -> TensorField:
     if dtype not in ITEM_BYTES or any(size < 0 for size in shape):
         raise ValueError("no tensor")
     return TensorField(name, dtype, shape)
-
-
-def spoken(record: Mapping[str, Any]) -> str:
-    """What ``open_store(codec=…)`` takes for the codec that a header records: ``"ec(0.25)"``."""
-    name, number = str(record.get("name", "?")), record.get("c", record.get("kl"))
-    return f"{name}({number:g})" if isinstance(number, int | float) else name
 
 
 def header_bytes(blob: Buffer) -> int:

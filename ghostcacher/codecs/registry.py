@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +17,7 @@ from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.quality import QualityCodec
 from ghostcacher.codecs.raw import RawCodec
+from ghostcacher.codecs.spoken import heard
 from ghostcacher.errors import ConfigurationError
 
 Factory = Callable[..., Any]
@@ -29,7 +29,6 @@ CODECS: Mapping[str, Factory] = {
     "quality": QualityCodec.of, "raw": RawCodec, "raw.z": PlaneCodec.of, "bnb_int8": BnbInt8Codec.of,
     "bnb_nf4": BnbNf4Codec.of, "bnb_fp4": BnbFp4Codec.of,
 }  # fmt: skip
-_SPOKEN = re.compile(r"(?P<name>[a-z0-9_.]+)(?:\((?P<number>[0-9.eE+-]+)\))?")
 
 
 def codec_named(text: str, find: Finder | None = None) -> Any:
@@ -43,16 +42,15 @@ def codec_named(text: str, find: Finder | None = None) -> Any:
         ConfigurationError: no codec of that name, or not with that number.
         MissingExtraError: it needs a package that is not installed.
     """
-    spoken = _SPOKEN.fullmatch(text)
-    make = (find or factory_of)(spoken["name"]) if spoken else None
-    if spoken is None or make is None:
+    name, number = heard(text) or ("", "")
+    make = (find or factory_of)(name)
+    if make is None:
         raise ConfigurationError(f"codec={text!r} is unknown; choose one of {', '.join(sorted(CODECS))}")
     try:
-        numbers = [float(spoken["number"])] if spoken["number"] else []
-        return make(*numbers)
+        return make(*([float(number)] if number else []))
     except (TypeError, ValueError) as error:
-        needs = "needs a number, such as ec(0.25)" if not spoken["number"] else "takes no such number"
-        raise ConfigurationError(f"codec={text!r}: {spoken['name']} {needs}") from error
+        needs = "needs a number, such as ec(0.25)" if not number else "takes no such number"
+        raise ConfigurationError(f"codec={text!r}: {name} {needs}") from error
 
 
 def codec_from(record: Mapping[str, Any], find: Finder | None = None) -> TensorCodec:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -21,14 +19,12 @@ from safetensors.torch import load, save
 
 from ghostcacher.blocks import Rotation, TensorGroup
 from ghostcacher.codecs.classes import LIMIT, Classes
+from ghostcacher.codecs.curves import between, checked_costs, checked_curve, cost_of
 from ghostcacher.codecs.heads import Heads
 from ghostcacher.codecs.products import WIDTH_LIMIT
 from ghostcacher.errors import BlockError
 
 FORMAT = 2
-STEEPEST = 8.0
-"""A curve that was measured as noise may be flat: neither it nor its inverse is followed further than that."""
-
 KEPT_STEPS = 8
 _MIDDLE_CLASS = 4
 _HALF_OCTAVE = 0.5**0.5
@@ -128,13 +124,15 @@ class Table:
 class Tables:
     """One asset: a `Table` by group name, how keys were turned, and the model's ``curve``.
 
-    ``curve`` are pairs of step and KL in nats a token, measured when they were made. Equal if their bytes are.
+    ``curve`` are pairs of step and KL in nats a token, measured when they were made, and ``costs`` the KL of other
+    codecs by their spoken name. Equal if their bytes are.
     """
 
     groups: Mapping[str, Table]
     rotation: Rotation | None
     curve: tuple[tuple[float, float], ...]
     model: str = ""
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def blob(self) -> bytes:
@@ -144,7 +142,9 @@ class Tables:
             for name, table in self.groups.items() for part in _PARTS
         }  # fmt: skip
         turned = self.rotation and [list(self.rotation.frequencies), self.rotation.interleaved]
-        document = {"format": FORMAT, "model": self.model, "rotation": turned, "curve": self.curve}
+        document = {
+            "format": FORMAT, "model": self.model, "rotation": turned, "curve": self.curve, "costs": dict(self.costs),
+        }  # fmt: skip
         return save(tensors, {"ghostcacher": json.dumps(document, separators=(",", ":"), sort_keys=True)})
 
     @cached_property
@@ -169,7 +169,8 @@ class Tables:
                 raise BlockError("tables", f"format {document['format']!r}, this reader knows {FORMAT}")
             names = {name.rpartition(".")[0] for name in tensors}
             groups = {name: _checked(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
-            parsed = cls(groups, _rotation(document["rotation"]), _curve(document["curve"]), str(document["model"]))
+            parsed = cls(groups, _rotation(document["rotation"]), checked_curve(document["curve"]),
+                         str(document["model"]), checked_costs(document.get("costs", {})))  # fmt: skip
         except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise BlockError("tables", f"not an asset of tables ({type(error).__name__})") from error
         vars(parsed).update(blob=blob, digest=digest)  # as they are: another writer may order them otherwise
@@ -177,11 +178,15 @@ class Tables:
 
     def step(self, kl: float) -> float:
         """The step at which the curve reaches ``kl`` nats a token; beyond its ends it goes on as at them."""
-        return _between([(known, step) for step, known in self.curve], kl)
+        return between([(known, step) for step, known in self.curve], kl)
 
     def kl(self, step: float) -> float:
         """What the curve says of ``step``: the inverse of `step`."""
-        return _between(self.curve, step)
+        return between(self.curve, step)
+
+    def cost(self, codec: str) -> float | None:
+        """What ``codec`` (its spoken name) costs on this model, in nats a token; None if that was not measured."""
+        return cost_of(codec, {**{f"kvt({step:g})": kl for step, kl in self.curve}, **self.costs})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tables) and self.digest == other.digest
@@ -207,15 +212,6 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and len(text) == _DIGEST_CHARS and set(text) <= set("0123456789abcdef")
 
 
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The line through ``points`` at ``x``, in logarithms."""
-    at = next((n for n, (known, _) in enumerate(points[1:-1], start=1) if x <= known), len(points) - 1)
-    (x0, y0), (x1, y1) = points[at - 1], points[at]
-    slope = math.log(y1 / y0) / math.log(x1 / x0)
-    steepest = min(max(slope, -STEEPEST), STEEPEST)
-    return float(y0 * (x / x0) ** steepest)
-
-
 def _checked(mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, spread: torch.Tensor) -> Table:
     layers, n = mean.shape
     is_square = basis.dim() == _BASIS_RANK and basis.shape[2] == basis.shape[3] <= WIDTH_LIMIT
@@ -230,11 +226,3 @@ def _checked(mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, sprea
 
 def _rotation(turned: Any) -> Rotation | None:
     return None if turned is None else Rotation(tuple(map(float, turned[0])), bool(turned[1]))
-
-
-def _curve(points: Any) -> tuple[tuple[float, float], ...]:
-    curve = tuple((float(c), float(kl)) for c, kl in points)
-    rises = all(0 < a[0] < b[0] and 0 < a[1] < b[1] for a, b in pairwise(curve))
-    if len(curve) == 1 or not rises:
-        raise ValueError("a curve that does not rise")
-    return curve

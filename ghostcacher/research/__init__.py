@@ -4,12 +4,13 @@ from ghostcacher.research import evaluate
 print(evaluate(model, "int4", texts))  # texts: token ids, one tensor [1, tokens] each
 """
 
-from ghostcacher.research.calibrate import calibrate, steps_of
+from ghostcacher.research.calibrate import COMPARED, calibrate, steps_of
 from ghostcacher.research.evaluate import PREFIX_TOKENS, SCORED_TOKENS, Measure, evaluate
 from ghostcacher.research.ladder import LADDER, sweep
 from ghostcacher.research.turns import Turns, turns
 
 __all__ = [
+    "COMPARED",
     "LADDER",
     "PREFIX_TOKENS",
     "SCORED_TOKENS",

@@ -13,11 +13,12 @@ import torch
 
 from ghostcacher.blocks import KVBlock, KVLayout, LayerSpec, TensorGroup
 from ghostcacher.codecs.base import Piece, TensorCodec
-from ghostcacher.codecs.header import header_bytes, spoken
+from ghostcacher.codecs.header import header_bytes
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.quality import divergence
 from ghostcacher.codecs.registry import CODECS, Finder, codec_named, factory_of, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.spoken import spoken
 from ghostcacher.research.replay import Replay
 
 PREFIX_TOKENS = 1024

@@ -45,6 +45,9 @@ def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> 
 class TierStats:
     """Counts since the tier was opened, and what it holds now (of the namespaces looked at so far).
 
+    ``tokens`` are those of blocks that were stored or read here: of what a remote store has only named, neither size
+    nor codec is known. ``kl_expected`` is what a prefix restored from them costs in quality, in nats a token: 0 if all
+    are exact, None if it was not measured (``ghostcacher calibrate`` measures it).
     ``kl_quartiles`` are over the ``certified`` blocks: of the KL in nats a token that was replayed when they were
     stored, the least, the quartiles and the most; empty if there are none.
     ``conflicts`` counts blocks that were not stored because the store holds other values under their key.
@@ -66,6 +69,7 @@ class TierStats:
     tokens: int = 0
     certified: int = 0
     kl_quartiles: tuple[float, ...] = ()
+    kl_expected: float | None = None
     conflicts: int = 0
 
     @property
@@ -186,10 +190,10 @@ class Tier(Protocol):
 
 
 def content_counts(index: PrefixIndex) -> tuple[int, int, int]:
-    """How many snapshots ``index`` holds, their bytes, and how many tokens the blocks beside them."""
-    keys = [entry.key for entry in index.entries()]
-    tokens = sum(key.length for key in keys if not key.is_snapshot)
-    return sum(key.is_snapshot for key in keys), index.snapshot_bytes(), tokens
+    """How many snapshots ``index`` holds, their bytes, and how many tokens the blocks whose size is known."""
+    entries = index.entries()
+    tokens = sum(entry.key.length for entry in entries if entry.codec and not entry.key.is_snapshot)
+    return sum(entry.key.is_snapshot for entry in entries), index.snapshot_bytes(), tokens
 
 
 def certified_counts(index: PrefixIndex) -> tuple[int, tuple[float, ...]]:

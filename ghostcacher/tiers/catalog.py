@@ -110,10 +110,7 @@ class ListingCatalog:
         if header.key.store_key != entry.key:
             self._reject(entry.key, "key_echo")
         else:
-            index.add(
-                header.key, entry.size_bytes, lossy=header.lossy, used_at_seconds=entry.modified_seconds,
-                kl=header.certificate.replayed if header.certificate else None,
-            )  # fmt: skip
+            index.add(header.key, entry.size_bytes, used_at_seconds=entry.modified_seconds, **header.coding)
 
     @staticmethod
     def _drop(keys: Iterable[str], index: PrefixIndex) -> None:

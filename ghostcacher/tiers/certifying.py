@@ -80,7 +80,8 @@ def certify(tier: EncodedTier, capture: Replayable, keys: Sequence[BlockKey], mo
     exact = capture.guard.trial(chain, len(chain)) if capture.guard is not None and whole else None
     if exact is None or not isinstance(budget, QualityCodec):
         return {}
-    spent = _spent(tier, capture.block(whole[0]), [key for key in exact.keys if key.end <= whole[0].start])
+    ancestors = [key for key in exact.keys if key.end <= whole[0].start]
+    spent = _spent(tier, capture.block(whole[0]), ancestors, capture.layout)
     if spent >= budget.kl:
         return {}
     expected = _replayed(exact, tier, capture, {})
@@ -94,16 +95,22 @@ def certify(tier: EncodedTier, capture: Replayable, keys: Sequence[BlockKey], mo
     return {}
 
 
-def _spent(tier: EncodedTier, block: KVBlock, ancestors: Sequence[BlockKey]) -> float:
+def _spent(tier: EncodedTier, block: KVBlock, ancestors: Sequence[BlockKey], layout: KVLayout) -> float:
     """What the state below ``block`` has cost already, if it was restored: a replay cannot see that.
 
     All of a budget if what was restored has no certificate.
     """
-    if not block.lossy:
-        return 0.0
-    entries = [tier.index.get(key.digest) for key in ancestors]
-    costs = [math.inf if entry is None or (entry.lossy and entry.kl is None) else entry.kl or 0.0 for entry in entries]
-    return max(costs, default=math.inf)
+    return max((_cost(tier, key, layout) for key in ancestors), default=math.inf) if block.lossy else 0.0
+
+
+def _cost(tier: EncodedTier, key: BlockKey, layout: KVLayout) -> float:
+    entry = tier.index.get(key.digest)
+    if entry is not None and not entry.codec:
+        tier.stored(key, layout)  # it was only named so far: its header tells
+        entry = tier.index.get(key.digest)
+    if entry is None or not entry.codec or (entry.lossy and entry.kl is None):
+        return math.inf
+    return entry.kl or 0.0
 
 
 def _coded(rung: Rung, capture: Replayable, keys: Sequence[BlockKey], model: str) -> dict[bytes, Coded]:

@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from ghostcacher.blocks import CPU, KVLayout
-from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, spoken
+from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader
 from ghostcacher.codecs.registry import record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, Coded, decode_blob
 from ghostcacher.codecs.scratch import Scratch
+from ghostcacher.codecs.spoken import spoken
 from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
@@ -147,9 +148,7 @@ class EncodedTier:
                 if created is None:
                     self._observe(CacheEvent("dropped", "another version's block stands", self.name, key.length))
         if created is not None:
-            header = created.header
-            kl = header.certificate.replayed if header.certificate else None
-            self.remove(self.index.add(key, created.size_bytes, lossy=header.lossy, kl=kl))
+            self.remove(self.index.add(key, created.size_bytes, **created.header.coding))
             self._note(created, key.length, size_bytes)
         return created is not None
 
@@ -166,9 +165,12 @@ class EncodedTier:
         """See `Tier.stored`."""
         for _, blob in self._read([key], layout.bytes_of(key) + HEADER_LIMIT_BYTES, self.timeout_seconds, []):
             try:
-                return Coded.parse(blob, key)
+                coded = Coded.parse(blob, key)
             except BlockError as error:
                 self.reject(key.store_key, error.reason)
+            else:
+                self.index.learn(key.digest, len(blob), **coded.header.coding)
+                return coded
         return None
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -233,8 +235,15 @@ class EncodedTier:
         except BlockError as error:
             self.reject(key.store_key, error.reason)
             return False
+        self._learn(key, blob)
         place(block)
         return True
+
+    def _learn(self, key: BlockKey, blob: Buffer) -> None:
+        """How a block was coded that was only named before; a verified blob tells."""
+        entry = self.index.get(key.digest)
+        if entry is not None and not entry.codec:
+            self.index.learn(key.digest, len(blob), **BlockHeader.parse(blob).coding)
 
     def _note(self, created: Created, tokens: int, size_bytes: int) -> None:
         if created.outcome == "stored":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +20,8 @@ from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.admission import SecondSight
 from ghostcacher.tiers.auditing import Auditing
-from ghostcacher.tiers.base import Place, Tier
+from ghostcacher.tiers.base import Place, Tier, TierStats
+from ghostcacher.tiers.costs import Costs
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
 from ghostcacher.tiers.encoded import EncodedTier
@@ -72,6 +73,7 @@ class TierStack:
             tiers, config.audit_share, writer.submit, self.observe, deletes=config.role != "reader"
         )
         self._counts = Counts()
+        self._costs = Costs(shelf)
         self._pending: list[Capture] = []
         self._pending_changed = threading.Condition()
 
@@ -163,6 +165,8 @@ class TierStack:
             if block.lossy:
                 lossy.add(block.key.digest)
 
+        if keys:
+            self._costs.note(keys[0].namespace, layout.weights)
         for tier in self.tiers:
             held = [key for key in keys if key.digest not in sources and key.digest in tier.index]
             if held:
@@ -174,6 +178,7 @@ class TierStack:
 
     def submit(self, capture: Capture, *, model: str = "") -> bool:
         """Store what ``capture`` holds, later, on the writer's thread. Returns at once, False if dropped."""
+        self._costs.note(capture.begun.namespace.digest, capture.layout.weights)
         with self._pending_changed:
             self._pending.append(capture)
         job = Job(lambda: self._store(capture, model), capture.size_bytes, len(capture.begun))
@@ -195,6 +200,7 @@ class TierStack:
 
     def offer(self, block: KVBlock, *, model: str = "") -> bool:
         """Store one block now, in every tier that lacks it; whether any tier took it."""
+        self._costs.note(block.key.namespace, block.layout.weights)
         return self._storing.offer(block, model)
 
     def forget(self, chain: PrefixChain, *, keep_tokens: int = 0) -> int:
@@ -235,13 +241,20 @@ class TierStack:
                 tier.close()
 
     def stats(self) -> StoreStats:
-        """Counts since the store was opened; sizes are of the namespaces looked at so far."""
+        """Counts since the store was opened; sizes are of the namespaces looked at so far.
+
+        Asks the store for what the models' calibrations say, if blocks are lossy.
+        """
         c = self._counts
         return StoreStats(
-            tuple(tier.stats() for tier in self.tiers), c["prompts"], c["hits"], c["prompt_tokens"],
+            tuple(map(self._stats_of, self.tiers)), c["prompts"], c["hits"], c["prompt_tokens"],
             c["cached_tokens"], c.beginning("bypass: "), self._writer.queued, self._writer.dropped,
             self._writer.failed, self._writer.is_healthy, self.auditing.audited, self.auditing.disproved,
         )  # fmt: skip
+
+    def _stats_of(self, tier: Tier) -> TierStats:
+        others = [other.index for other in self.tiers if other is not tier]
+        return replace(tier.stats(), kl_expected=self._costs.expected(tier.index, others))
 
     def note(self, report: CacheReport) -> None:
         """Count one prompt and tell the observers."""

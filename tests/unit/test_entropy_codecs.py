@@ -17,7 +17,7 @@ from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.classes import Classes, one_class
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.entropy import compress, decompress
-from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, TensorField, header_bytes, payload_digest, spoken
+from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, TensorField, header_bytes, payload_digest
 from ghostcacher.codecs.heads import Heads, Lines
 from ghostcacher.codecs.outliers import Outliers, packed
 from ghostcacher.codecs.planes import PlaneCodec
@@ -25,6 +25,7 @@ from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.codecs.scratch import Scratch
+from ghostcacher.codecs.spoken import spoken
 from ghostcacher.codecs.symbols import RUN_VALUES, SymbolCoder
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group

@@ -1,0 +1,56 @@
+"""What restoring from a tier costs in quality, as far as it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from ghostcacher.codecs.tables import TablesSource
+from ghostcacher.eviction import Entry
+from ghostcacher.index import PrefixIndex
+
+NAMESPACE_LIMIT = 1024
+"""Of so many namespaces it is remembered whose state they hold, the newest."""
+
+
+class Costs:
+    """Knows which model's state a namespace holds, and asks ``source`` what was measured when it was calibrated."""
+
+    def __init__(self, source: TablesSource) -> None:
+        self._source = source
+        self._weights: dict[bytes, str] = {}
+
+    def note(self, namespace: bytes, weights: str) -> None:
+        """``namespace`` holds state of the model with ``weights``; see `KVLayout.weights`."""
+        if self._weights.get(namespace) != weights:
+            self._weights = {**dict(list(self._weights.items())[1 - NAMESPACE_LIMIT :]), namespace: weights}
+
+    def expected(self, index: PrefixIndex, others: Sequence[PrefixIndex]) -> float | None:
+        """Mean over the tokens of the blocks of ``index`` that were stored or read, in nats a token; 0 if none were.
+
+        What was certified counts as it was replayed, what is exact as 0, the rest as the calibration says of its codec;
+        tensors that were decoded, as the coded block in one of ``others``. None if that of any block is not known.
+        May read the store.
+        """
+        calibrated = lru_cache(None)(self._calibrated)
+        total, tokens = 0.0, 0
+        for entry in index.entries():
+            if entry.codec and not entry.key.is_snapshot:
+                copies = (other.get(entry.key.digest) for other in others if entry.lossy)
+                lossy = [entry, *(copy for copy in copies if copy is not None and copy.lossy)]
+                kl = next((kl for each in lossy if (kl := _measured(each, calibrated)) is not None), None)
+                if kl is None:
+                    return None
+                total, tokens = total + kl * entry.key.length, tokens + entry.key.length
+        return total / tokens if tokens else 0.0
+
+    def _calibrated(self, namespace: bytes, codec: str) -> float | None:
+        weights = self._weights.get(namespace)
+        tables = self._source.of_model(weights) if weights is not None else None
+        return tables.cost(codec) if tables is not None else None
+
+
+def _measured(entry: Entry, calibrated: Callable[[bytes, str], float | None]) -> float | None:
+    if entry.kl is not None:
+        return entry.kl
+    return calibrated(entry.key.namespace, entry.codec) if entry.lossy else 0.0
