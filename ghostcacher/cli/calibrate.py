@@ -37,7 +37,7 @@ def calibrate(
     ] = None,
     output: Annotated[Format, typer.Option("--format", "-f", help="What to print.")] = Format.human,
 ) -> None:
-    """Learn the tables of codec kvt for a model (a minute for 135M parameters on two cores), and keep them.
+    """Learn the tables of codec kvt for a model (two minutes for 135M parameters on two cores), and keep them.
 
     What other codecs cost on the model is measured too: a store's stats say it of its tiers.
     """

@@ -147,4 +147,16 @@ DEFECTS = (
            "        self._reads = self._writes = _Circuit(store.name, clock)", "tests/unit/test_breaker.py -k takes_nothing"),
     Defect("forget who reads a block that is stored again", "index.py", "self._forget(key.digest) or Entry(key, 0, 0.0)",
            "(self._forget(key.digest), Entry(key, 0, 0.0))[1]", "tests/unit/test_index.py -k pinned"),
+    Defect("take what was only named for exact", "tiers/certifying.py",
+           "    if entry is not None and not entry.codec:\n        tier.stored(key, layout)  # it was only named so far: its "
+           "header tells\n        entry = tier.index.get(key.digest)\n    if entry is None or not entry.codec or (",
+           "    if entry is None or (", "tests/parity/test_quality.py -k only_named"),
+    Defect("never learn what was only named", "tiers/encoded.py",
+           "        self._learn(key, blob)\n        place(block)", "        place(block)",
+           "tests/parity/test_costs.py -k only_named"),
+    Defect("say that lossy blocks cost nothing", "tiers/costs.py",
+           "    return calibrated(entry.key.namespace, entry.codec) if entry.lossy else 0.0", "    return 0.0",
+           "tests/parity/test_costs.py -k each_tier"),
+    Defect("speak for another model", "tiers/costs.py", "weights = self._weights.get(namespace)",
+           "weights = next(iter(self._weights.values()), None)", "tests/parity/test_costs.py -k another_model"),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def opened(tmp_path, quality=BUDGET, **given):
 def headers(tmp_path):
     """Of all blocks, by position."""
     found = []
-    for path in tmp_path.rglob("*.safetensors"):
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
         try:
             found.append(BlockHeader.parse(path.read_bytes()))
         except BlockError:
@@ -151,14 +152,19 @@ def test_a_conversation_is_certified_turn_by_turn(models, generate, tmp_path):
     assert len({header.certificate.replayed for header in found if header.certificate}) >= 3
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("calibrates", [False, True])
 def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
-    calibrates, models, generate, learned, tmp_path
+    calibrates, is_remote, models, generate, learned, tmp_path
 ):
-    """Turn after turn in a new process, on what the one before stored; then against a cold run of everything."""
-    model, text = models("llama"), random_prompt(64 * 8, seed=21)
+    """Turn after turn in a new process, on what the one before stored; then against a cold run of everything.
+
+    A remote store names its blocks; what they have cost is known when they are read.
+    """
+    model, text = models("llama"), random_prompt(64 * 8 + 1, seed=21)
+    tiers = {"disk": None, "remote": f"file://{tmp_path}"} if is_remote else {}
     for end in [148, 212, 290, 360, 420, 500, 512]:
-        with opened(tmp_path) as store:
+        with opened(tmp_path, **tiers) as store:
             if calibrates:
                 store.shelf.put(*learned)
             generate(model, text[:, :end], GhostCache(model, store), new=1)
@@ -170,10 +176,10 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
     assert certified == sorted(certified)
     assert max(certified) <= BUDGET
     assert stats.kl_quartiles == pytest.approx(np.quantile(certified, [0, 0.25, 0.5, 0.75, 1]))
-    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8", **tiers) as store:
         cache = GhostCache(model, store)
-        generate(model, text[:, :481], cache, new=1)
-        assert cache.report.cached_tokens == 480
+        generate(model, text, cache, new=1)
+        assert cache.report.cached_tokens == 512
         held = [(layer.keys[:, :, :448], layer.values[:, :, :448]) for layer in cache.layers]
     with torch.no_grad():
         coded = model(text[:, 448:480], past_key_values=DynamicCache(held, config=model.config)).logits[0]
@@ -181,11 +187,28 @@ def test_a_budget_is_spent_once_however_often_a_conversation_is_restored(
     assert 0 < divergence(exact, coded) <= BUDGET
 
 
-def test_what_was_restored_without_a_certificate_leaves_no_budget(models, generate, tmp_path):
-    model = models("llama")
-    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8") as store:
+def test_a_tier_that_only_named_its_blocks_is_asked_what_they_cost(models, generate, tmp_path):
+    """The near tier gives them back; the far one has the same, in a process that never read them there."""
+    model, text = models("llama"), random_prompt(420, seed=21)
+    for end in [148, 290, 420]:
+        with opened(tmp_path / "near", remote=f"file://{tmp_path}/far") as store:
+            cache = GhostCache(model, store)
+            generate(model, text[:, :end], cache, new=1)
+            assert cache.report.tier in {"", "disk"}
+    near, far = (
+        [header.certificate.replayed for header in headers(tmp_path / name) if header.certificate]
+        for name in ("near", "far")
+    )
+    assert near == sorted(near) == far
+    assert len(set(far)) == 3
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_what_was_restored_without_a_certificate_leaves_no_budget(is_remote, models, generate, tmp_path):
+    model, tiers = models("llama"), {"disk": None, "remote": f"file://{tmp_path}"} if is_remote else {}
+    with ghostcacher.open_store(tmp_path, memory=None, block_tokens=64, codec="int8", **tiers) as store:
         generate(model, PROMPT[:, :128], GhostCache(model, store), new=1)
-    with opened(tmp_path) as store:
+    with opened(tmp_path, **tiers) as store:
         cache = GhostCache(model, store)
         generate(model, PROMPT, cache, new=1)
         assert cache.report.lossy

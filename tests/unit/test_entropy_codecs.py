@@ -172,6 +172,8 @@ def test_without_zstd_the_error_names_the_extra(monkeypatch):
     [
         {"name": "ec", "c": 0.5, "frequencies": [10**400]},
         {"name": "ec", "c": "x"},
+        {"name": "ec", "c": 10**400},
+        {"name": "ec", "c": float("nan")},
         {"name": "ec", "c": 0.5, "frequencies": [[1]]},
         {"name": "ec"},
         {"name": "e" * 10_000},
@@ -182,7 +184,7 @@ def test_without_zstd_the_error_names_the_extra(monkeypatch):
 def test_records_that_no_codec_wrote_are_refused(record):
     with pytest.raises(ConfigurationError):
         codec_from(record)
-    assert isinstance(spoken(record), str)
+    assert len(spoken(record)) < 100
 
 
 @pytest.mark.parametrize("codec", ["raw.z", "int8", "int4", "ec(0.25)", "bf16", "raw"])

@@ -91,3 +91,20 @@ def test_a_block_that_is_noted_again_while_it_is_read_stays_pinned():
         entry = index.get(key.digest)
         assert (entry.size_bytes, entry.lossy, index.size_bytes) == (2, True, 2)
     assert [entry.key for entry in index.victims(1, LeastRecentlyUsed())] == [key]
+
+
+def test_what_was_only_named_is_learned_once_and_stays_as_recent_as_it_was():
+    index = PrefixIndex(clock=lambda: 5.0)
+    snapshot = chain([1, 2, 3, 4]).snapshot(4)
+    for key in (*chain([1, 2, 3, 4]).covering(0, 4), snapshot):
+        index.add(key, 0, used_at_seconds=1.0)
+        index.learn(key.digest, 30, lossy=True, codec="int8", kl=0.5)
+        index.learn(key.digest, 70, lossy=False, codec="raw", kl=None)
+        entry = index.get(key.digest)
+        assert (entry.size_bytes, entry.lossy, entry.codec, entry.kl) == (30, True, "int8", 0.5)
+        assert entry.used_at_seconds == 1.0
+    index.learn(bytes(32), 9, lossy=False, codec="raw", kl=None)
+    assert (len(index), index.size_bytes, index.snapshot_bytes()) == (2, 60, 30)
+    assert index.namespace_bytes(snapshot.namespace) == 60
+    index.remove(snapshot.digest)
+    assert (index.size_bytes, index.snapshot_bytes(), index.namespace_bytes(snapshot.namespace)) == (30, 0, 30)

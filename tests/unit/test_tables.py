@@ -26,16 +26,17 @@ from ghostcacher.testing.faulty import FaultyStore
 from ghostcacher.tiers.shelf import Shelf
 
 CURVE = ((0.1, 1e-4), (0.5, 3e-3), (1.0, 1e-2))
+COSTS = {"int8": 2e-5, "ec(1)": 4e-2, "ec(0.25)": 2e-3, "own(3)": 0.1}
 
 
-def tables(seed=0, curve=CURVE):
+def tables(seed=0, curve=CURVE, costs=COSTS):
     generator = torch.Generator().manual_seed(seed)
 
     def table():
         basis = torch.linalg.qr(torch.randn(2, 1, 8, 8, generator=generator))[0]
         return Table.of(torch.randn(2, 8, generator=generator), basis, torch.rand(2, 8, generator=generator))
 
-    return Tables({"keys": table(), "values.3": table()}, Rotation((1.0, 0.1)), curve, "llama")
+    return Tables({"keys": table(), "values.3": table()}, Rotation((1.0, 0.1)), curve, "llama", costs)
 
 
 def test_an_asset_is_read_back_as_it_was():
@@ -43,6 +44,7 @@ def test_an_asset_is_read_back_as_it_was():
     read = Tables.parse(made.blob, made.digest)
     assert read == made
     assert (read.rotation, read.curve, read.model) == (made.rotation, made.curve, made.model)
+    assert read.costs == COSTS
     assert all(torch.equal(read.groups[name].basis, table.basis) for name, table in made.groups.items())
     assert tables(1) != made
 
@@ -87,12 +89,16 @@ def test_forged_assets_under_their_own_name_are_refused_or_sound(data):
         {"curve": [[0.1, 1e-3]]},
         {"format": 1},
         {"rotation": [["x"], False]},
+        {"costs": {"int8": 0.0}},
+        {"costs": {"int8": math.nan}},
+        {"costs": {"int8": "x"}},
+        {"costs": ["int8"]},
     ],
 )
 def test_assets_that_fit_nothing(change):
     good = {"keys.mean": torch.zeros(2, 8), "keys.basis": torch.zeros(2, 1, 8, 8, dtype=torch.int8),
             "keys.scale": torch.ones(2, 8), "keys.spread": torch.zeros(2, 8)}  # fmt: skip
-    document = {"curve": CURVE, "format": 2, "model": "", "rotation": None}
+    document = {"costs": COSTS, "curve": CURVE, "format": 2, "model": "", "rotation": None}
     tensors = {name: change.get(name, part) for name, part in good.items()}
     text = json.dumps({name: change.get(name, part) for name, part in document.items()}, separators=(",", ":"))
     blob = save(tensors, {"ghostcacher": text})
@@ -108,6 +114,44 @@ def test_the_curve_is_read_both_ways():
     for step in (0.02, 0.3, 0.8, 3.0):
         assert made.step(made.kl(step)) == pytest.approx(step)
     assert made.kl(0.02) < 1e-4 < made.kl(0.3) < 3e-3 < made.kl(0.8) < 1e-2 < made.kl(3.0)
+
+
+def test_costs_are_those_measured_or_lie_between_two_of_the_same_name():
+    made = tables()
+    assert [made.cost(codec) for codec in COSTS] == list(COSTS.values())
+    assert made.cost("kvt(0.5)") == pytest.approx(3e-3)
+    assert made.cost("kvt(0.3)") == pytest.approx(made.kl(0.3))
+    assert made.cost("ec(0.5)") == pytest.approx(math.sqrt(2e-3 * 4e-2))
+    assert 2e-3 > made.cost("ec(0.12)") > 0
+    assert [made.cost(codec) for codec in ("int4", "own(4)", "own", "ec", "raw", "", "no codec")] == [None] * 7
+    assert tables(curve=()).cost("kvt(0.5)") is None
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        {},
+        {"ec(1)": 1.0, "ec(1.0)": 2.0},
+        {"ec(0)": 1.0, "ec(1)": 2.0},
+        {"ec(-1)": 1.0, "ec(1)": 2.0},
+        {"ec(.)": 1.0, "ec(1)": 2.0, "ec(2)": 3.0},
+        {"ec(1)": 5e-324, "ec(1.0000001)": 1e308},
+    ],
+)
+@pytest.mark.parametrize("codec", ["ec(0.5)", "ec(1e300)", "ec(5e-324)", "ec(1e999)", "ec(0)", "ec(e)"])
+def test_costs_that_mean_nothing_are_none_of_a_codecs(costs, codec):
+    """Whoever can write the store names steps and measures as they like."""
+    found = tables(costs=costs).cost(codec)
+    assert found is None or 0 <= found < math.inf
+
+
+def test_an_asset_of_before_there_were_costs_is_read():
+    made = tables(costs={})
+    blob = made.blob.replace(b'\\"costs\\":{},', b"")
+    blob = (int.from_bytes(blob[:8], "little") - len(made.blob) + len(blob)).to_bytes(8, "little") + blob[8:]
+    assert len(blob) < len(made.blob)
+    read = Tables.parse(blob, hashlib.sha256(blob).hexdigest())
+    assert (read.costs, read.curve) == ({}, CURVE)
 
 
 def test_a_shelf_keeps_tables_in_every_store_and_finds_them_in_any():
