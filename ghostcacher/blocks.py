@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal, Self
 
@@ -98,13 +98,11 @@ class Rotation:
     interleaved: bool = False
 
     def at(self, start: int, tokens: int) -> Turn:
-        """The turn of ``tokens`` tokens from position ``start`` on."""
-        positions = torch.arange(start, start + tokens, dtype=torch.float32, device="cpu")
-        angles = positions[:, None] * torch.tensor(self.frequencies, dtype=torch.float32, device="cpu")
-        return Turn(angles.cos(), angles.sin(), self.interleaved)
+        """The turn of ``tokens`` tokens from position ``start`` on. The latest are kept: do not change them."""
+        return _turned(self, start, tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """A `Rotation` at some positions: ``cosine`` and ``sine`` are ``[tokens, pairs]``."""
 
@@ -135,6 +133,13 @@ class Turn:
         if self.interleaved:
             return torch.unflatten(part, -1, (-1, 2)).transpose(-1, -2)
         return torch.unflatten(part, -1, (2, -1))
+
+
+@lru_cache(maxsize=32)
+def _turned(rotation: Rotation, start: int, tokens: int) -> Turn:
+    positions = torch.arange(start, start + tokens, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * torch.tensor(rotation.frequencies, dtype=torch.float32, device="cpu")
+    return Turn(angles.cos(), angles.sin(), rotation.interleaved)
 
 
 @dataclass(frozen=True, slots=True)

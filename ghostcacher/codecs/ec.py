@@ -129,7 +129,7 @@ class EntropyCodec:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         mean = parts[f"{name}.mean"].float()[:, None]
-        step = parts[f"{name}.step"].float()[:, None, None].expand_as(mean)
+        step = parts[f"{name}.step"].float()[:, None, None]
         heads = self._heads(group, piece, coded)
         back = Lines(heads, mean, step, decoded)
         for codes in _coder(name, heads, len(step)).unpack(parts):

@@ -9,11 +9,15 @@ pieces.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import gcd
 
 import torch
 
 from ghostcacher.blocks import Turn
+
+KEPT_ANGLES = 2**17
+"""Of so many angles at most cosine and sine are kept: a mebibyte, of 32 blocks."""
 
 
 class Heads:
@@ -57,15 +61,21 @@ class Heads:
         """Views of ``lines`` ``[…, tokens * w]``: ``[…, planes, phases, tokens of a phase, heads * channels]`` each."""
         if self.phases == 1:
             return self.of_columns(torch.unflatten(lines, -1, (self.tokens, -1)))
-        parts = torch.split(lines, [self.tokens * width for width in self.widths], dim=-1)
+        parts = zip(self.of_widths(lines, self.tokens), self.shapes, strict=True)
+        per_phase = self.phases, self.tokens // self.phases
         return [
-            torch.unflatten(part, -1, (planes, self.phases, self.tokens // self.phases, -1))
-            for part, (planes, _) in zip(parts, self.shapes, strict=True)
+            part.view(*part.shape[:-1], planes, *per_phase, self.heads * channels) for part, (planes, channels) in parts
         ]
+
+    def of_widths(self, columns: torch.Tensor, tokens: int = 1) -> list[torch.Tensor]:
+        """What of ``columns`` ``[…, tokens * w]`` is in each block; views."""
+        if len(self.widths) == 1:
+            return [columns]
+        return list(torch.split(columns, [tokens * width for width in self.widths], dim=-1))
 
     def of_columns(self, columns: torch.Tensor) -> list[torch.Tensor]:
         """The same views of ``columns`` ``[…, tokens, w]``, in `order`."""
-        parts = torch.split(columns, self.widths, dim=-1)
+        parts = self.of_widths(columns)
         return [
             torch.unflatten(self.by_phase(part), -1, (planes, -1)).transpose(-4, -2)
             for part, (planes, _) in zip(parts, self.shapes, strict=True)
@@ -83,18 +93,19 @@ class Heads:
 class Lines:
     """Numbers to state: mean + slope * number in fp32, turned, by head, into ``decoded``, some layers at a time.
 
-    ``mean`` and ``slope`` are ``[layers, groups, w]``, in `Heads.order`; ``decoded`` is
+    ``mean`` is ``[layers, groups, w]``, in `Heads.order`, and so is ``slope``, or ``[layers, 1, 1]``; ``decoded`` is
     ``[layers, heads, at least the tokens, channels]``.
     """
 
     def __init__(self, heads: Heads, mean: torch.Tensor, slope: torch.Tensor, decoded: torch.Tensor) -> None:
         self._heads, self._device, self._dtype = heads, decoded.device, decoded.dtype
-        self._means, self._slopes = self._by_plane(mean), self._by_plane(slope)
-        by_head = torch.unflatten(decoded[:, :, : heads.tokens], 1, (heads.groups, heads.heads))
-        self._places = heads.blocks(by_head)
+        self._mean, self._slope = mean.to(self._device), slope.to(self._device)
+        self._slopes = self._by_plane(self._slope)
+        self._offsets: dict[int, list[torch.Tensor]] = {}
+        self._places = heads.blocks(torch.unflatten(decoded[:, :, : heads.tokens], 1, (heads.groups, heads.heads)))
         self._lines = torch.empty(0, device="cpu")
         if heads.turn is not None:
-            self._cosine, self._sine = map(self._over_heads, (heads.turn.cosine, heads.turn.sine))
+            self._cosine, self._sine = _over_heads(heads.turn, heads.heads, heads.phases, self._device)
 
     def room(self, layers: slice) -> torch.Tensor:
         """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens * w]``; see `Heads.by_block`.
@@ -108,9 +119,8 @@ class Lines:
 
     def write(self, layers: slice, added: int = 0) -> None:
         """Restore ``layers``, whose numbers are where `room` said, with something ``added`` to each."""
-        for mean, slope, block in zip(self._means, self._slopes, self._blocks, strict=True):
-            offset = torch.sub(mean[layers], slope[layers], alpha=added)
-            torch.addcmul(offset, block, slope[layers], out=block)
+        for offset, slope, block in zip(self._offset_by(added), self._slopes, self._blocks, strict=True):
+            torch.addcmul(offset[layers], block, slope[layers], out=block)
         if self._heads.turn is not None:
             self._turn()
         # Cast first, then put by head: torch is slow at both at once.
@@ -119,14 +129,17 @@ class Lines:
         for place, by_head in zip(self._places, self._by_head, strict=True):
             place[layers].copy_(by_head)
 
-    def _by_plane(self, columns: torch.Tensor) -> list[torch.Tensor]:
-        """``[layers, groups, planes, 1, 1, heads * channels]`` of each block."""
-        parts = zip(torch.split(columns.to(self._device), self._heads.widths, dim=-1), self._heads.shapes, strict=True)
-        return [torch.unflatten(part, -1, (planes, 1, 1, -1)) for part, (planes, _) in parts]
+    def _offset_by(self, added: int) -> list[torch.Tensor]:
+        if added not in self._offsets:
+            self._offsets[added] = self._by_plane(torch.sub(self._mean, self._slope, alpha=added))
+        return self._offsets[added]
 
-    def _over_heads(self, angles: torch.Tensor) -> torch.Tensor:
-        """``[tokens, pairs]`` as ``[phases, tokens of a phase, heads * pairs]``."""
-        return torch.cat([self._heads.by_phase(angles.to(self._device)).transpose(0, 1)] * self._heads.heads, dim=-1)
+    def _by_plane(self, columns: torch.Tensor) -> list[torch.Tensor]:
+        """``[layers, groups, planes, 1, 1, heads * channels]`` of each block, or what stands for all."""
+        if columns.shape[-1] == 1:
+            return [columns[..., None, None, None]] * len(self._heads.shapes)
+        parts = zip(self._heads.of_widths(columns), self._heads.shapes, strict=True)
+        return [part.reshape(*part.shape[:2], planes, 1, 1, -1) for part, (planes, _) in parts]
 
     def _make_room(self, layers: int) -> None:
         heads = self._heads
@@ -140,11 +153,31 @@ class Lines:
         self._by_head = []
         for (planes, channels), width in zip(heads.shapes, heads.widths, strict=True):
             cast = torch.empty((*shape[:2], heads.tokens, width), dtype=self._dtype, device=self._device)
-            self._casts += torch.unflatten(heads.by_phase(cast), -1, (planes, -1)).transpose(2, 4).unbind(2)
-            self._by_head.append(torch.unflatten(cast, -1, (planes, -1, channels)).permute(0, 1, 4, 2, 3, 5))
+            by_phase = cast.view(*shape[:2], -1, heads.phases, planes, heads.heads * channels)
+            self._casts += by_phase.permute(0, 1, 4, 3, 2, 5).unbind(2)
+            by_head = cast.view(*shape[:2], heads.tokens, planes, heads.heads, channels)
+            self._by_head.append(by_head.permute(0, 1, 4, 2, 3, 5))
 
     def _turn(self) -> None:
         """Leave turned first channels in a plane of their own, second ones in place."""
         first, second = self._blocks[0].unbind(2)
         torch.mul(first, self._cosine, out=self._planes[0]).addcmul_(second, self._sine, value=-1)
         second.mul_(self._cosine).addcmul_(first, self._sine)
+
+
+def _over_heads(turn: Turn, heads: int, phases: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine ``[tokens, pairs]`` as ``[phases, tokens of a phase, heads * pairs]``; small ones are kept."""
+    is_small = turn.cosine.numel() * heads <= KEPT_ANGLES
+    return (_kept_over_heads if is_small else _spread_over_heads)(turn, heads, phases, device)
+
+
+def _spread_over_heads(turn: Turn, heads: int, phases: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Computed on the CPU: a copy to a device has ended when it returns, whatever stream asks for it next.
+    def spread(angles: torch.Tensor) -> torch.Tensor:
+        by_phase = angles.view(-1, phases, angles.shape[1]).transpose(0, 1)
+        return torch.cat([by_phase] * heads, dim=-1).to(device)
+
+    return spread(turn.cosine), spread(turn.sine)
+
+
+_kept_over_heads = lru_cache(maxsize=32)(_spread_over_heads)

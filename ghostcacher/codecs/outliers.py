@@ -13,6 +13,7 @@ from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.errors import BlockError
 
 _NUMBER_BYTES = 4
+_WIDTHS_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,41 +44,62 @@ class Outliers:
 
 
 def packed(runs: Sequence[Outliers]) -> bytes:
-    """All ``runs`` in one frame; nothing if there are none.
+    """All ``runs``; nothing if there are none.
 
-    How far it is from one place to the next is stored, since that is a smaller number: upper bytes are nearly constant.
+    Two bytes say how many bytes a distance and a code take, sign included. Then comes one frame: all lowest bytes of
+    the distances from one place to the next, all second ones, and so on; then those of the codes. Distances are
+    smaller than places.
     """
     distances = np.concatenate([np.diff(run.places, prepend=-1) for run in runs])
-    pairs = np.stack([distances, np.concatenate([run.codes for run in runs])], axis=1)
-    if not len(pairs):
+    codes = np.concatenate([run.codes for run in runs]).astype(np.int64)
+    if not len(codes):
         return b""
-    planes = np.ascontiguousarray(pairs.astype("<i4")).view(np.uint8).reshape(len(pairs), -1).T
-    return compress(np.ascontiguousarray(planes).data)
+    widths = [int(np.abs(each).max()).bit_length() // 8 + 1 for each in (distances, codes)]
+    planes = [_planes(each)[:width] for each, width in zip((distances, codes), widths, strict=True)]
+    return bytes(widths) + compress(np.concatenate(planes).data)
 
 
-def unpacked(frame: memoryview, counts: Sequence[int], sizes: Sequence[int]) -> list[Outliers]:
+def unpacked(data: memoryview, counts: Sequence[int], sizes: Sequence[int]) -> list[Outliers]:
     """What `packed` took: ``counts`` of them in each run, which has ``sizes`` codes.
 
     Raises:
-        BlockError: ``frame``: counts that cannot be, or places outside their run or out of order.
+        BlockError: ``frame``: counts or widths that cannot be, or places outside their run or out of order.
     """
     if min(counts, default=0) < 0 or any(count > size for count, size in zip(counts, sizes, strict=True)):
         raise BlockError("frame", "more outliers than codes")
-    total = sum(counts)
-    if not total and not len(frame):
+    total, (of_distance, of_code) = sum(counts), data[:_WIDTHS_BYTES] if len(data) >= _WIDTHS_BYTES else (0, 0)
+    if not total and not len(data):
         return [Outliers.none()] * len(counts)
-    planes = np.frombuffer(decompress(frame, total * 2 * _NUMBER_BYTES), np.uint8).reshape(-1, total)
-    pairs = np.ascontiguousarray(planes.T).view("<i4")
+    if not (0 < of_distance <= _NUMBER_BYTES and 0 < of_code <= _NUMBER_BYTES):
+        raise BlockError("frame", f"outliers of {of_distance} and {of_code} bytes")
+    frame = decompress(data[_WIDTHS_BYTES:], total * (of_distance + of_code))
+    planes = np.frombuffer(frame, np.uint8).reshape(-1, total)
+    distances, codes = _whole(planes[:of_distance]), _whole(planes[of_distance:]).astype(np.float32)
     found, begin = [], 0
     for count, size in zip(counts, sizes, strict=True):
-        found.append(_checked(pairs[begin : begin + count], size))
+        own = slice(begin, begin + count)
+        found.append(Outliers(_places(distances[own], size), codes[own]))
         begin += count
     return found
 
 
-def _checked(pairs: NDArray[np.int32], size: int) -> Outliers:
-    distances, codes = pairs.T
-    places = distances.cumsum(dtype=np.int64) - 1
+def _planes(numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Bytes of ``numbers`` ``[n]``, ``[8, n]``, the lowest first."""
+    return np.ascontiguousarray(numbers.astype("<i8").view(np.uint8).reshape(len(numbers), -1).T)
+
+
+def _whole(planes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Numbers of which ``planes`` ``[k, n]`` are the lowest bytes, with their sign."""
+    numbers: NDArray[np.int64] = planes[-1].view(np.int8).astype(np.int64)
+    for plane in planes[-2::-1]:
+        numbers <<= 8
+        numbers |= plane
+    return numbers
+
+
+def _places(distances: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    places = distances.cumsum()
+    places -= 1
     if len(places) and not (distances.min() > 0 and places[-1] < size):
         raise BlockError("frame", "outliers outside their run, or in another order")
-    return Outliers(places, codes.astype(np.float32))
+    return places

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class SymbolCoder:
             TensorField(f"{name}.outlier_counts", "I32", (count,)),
             TensorField(f"{name}.codes_a_byte", "U8", (count, self.classes.count)),
             TensorField(f"{name}.frames", "U8", (VARIABLE,)),
-            TensorField(f"{name}.outliers", "U8", (VARIABLE,)),
+            TensorField(f"{name}.outlier_planes", "U8", (VARIABLE,)),
         )
 
     def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -117,7 +118,7 @@ class SymbolCoder:
             f"{name}.outlier_counts": _numbers([len(each) for each in outliers], torch.int32),
             f"{name}.codes_a_byte": _numbers([frame.width for frame in frames], torch.uint8).view(shape),
             f"{name}.frames": _bytes(b"".join(frame.data for frame in frames)),
-            f"{name}.outliers": _bytes(packed(outliers)),
+            f"{name}.outlier_planes": _bytes(packed(outliers)),
         }
 
     def unpack(self, parts: Parts) -> Iterator[Codes]:
@@ -127,18 +128,19 @@ class SymbolCoder:
             BlockError: ``frame``: sizes, widths or codes that `pack` does not write.
         """
         sizes, widths = parts[f"{self.name}.sizes"].tolist(), parts[f"{self.name}.codes_a_byte"].tolist()
-        flat, data = [size for own in sizes for size in own], parts[f"{self.name}.frames"]
+        flat, data = [size for own in sizes for size in own], parts[f"{self.name}.frames"].numpy().data
         if min(flat, default=0) < 0 or sum(flat) != len(data):
             raise BlockError("frame", f"{self.name}: sizes that do not fit the frames")
-        frames, several = iter(torch.split(data, flat)), self.runs
+        ends = list(accumulate(flat))
+        frames, several = iter([data[end - size : end] for size, end in zip(flat, ends, strict=True)]), self.runs
         codes = [(run.stop - run.start) * self.rows * self.columns for run in several]
         counts = parts[f"{self.name}.outlier_counts"].tolist()
-        outliers = unpacked(parts[f"{self.name}.outliers"].numpy().data, counts, codes)
+        outliers = unpacked(parts[f"{self.name}.outlier_planes"].numpy().data, counts, codes)
         for run, own, found in zip(several, widths, outliers, strict=True):
             symbols, added = self._unpacked([(next(frames), width) for width in own], run)
             yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found)
 
-    def _unpacked(self, frames: list[tuple[torch.Tensor, int]], run: slice) -> tuple[torch.Tensor, int]:
+    def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
         """Symbols of one run, ``[rows, columns]``, and what was added to all its codes."""
         rows = (run.stop - run.start) * self.rows
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
@@ -205,15 +207,15 @@ def _frame(run: _Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width:
     return _Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
 
 
-def _spread(frame: torch.Tensor, width: int, apart: int, into: torch.Tensor) -> None:
+def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor) -> None:
     """The symbols of one frame into ``into`` ``[rows, columns]`` U8."""
-    if width == 0 and not frame.numel():
+    if width == 0 and not len(frame):
         into.zero_()
         return
     if width not in WIDTHS or into.numel() % (width * max(apart, 1)) or not into.numel():
         raise BlockError("frame", f"{width} codes in a byte")
     # In NumPy: torch would copy bytes that it must not write to.
-    packed = np.frombuffer(decompress(frame.numpy().data, into.numel() // width), dtype=np.uint8)
+    packed = np.frombuffer(decompress(frame, into.numel() // width), dtype=np.uint8)
     parts: NDArray[np.uint8] = into.numpy().reshape(-1, width, apart or len(packed))
     packed, bits = packed.reshape(-1, parts.shape[2]), 8 // width
     for number in range(width):

@@ -43,7 +43,8 @@ def test_each_tier_says_what_its_codec_costs_on_the_model(models, generate, lear
         store.shelf.put(*learned)
         in_memory, on_disk, far = expected(store)
         assert store.stats().as_dict()["tiers"][1]["kl_expected"] == on_disk
-    assert (in_memory, on_disk, far) == (0.0, pytest.approx(tables.costs["int8"]), pytest.approx(tables.cost("ec(0.35)")))
+    assert (in_memory, on_disk) == (0.0, pytest.approx(tables.costs["int8"]))
+    assert far == pytest.approx(tables.cost("ec(0.35)"))
     assert tables.costs["ec(0.25)"] < far < tables.costs["ec(0.5)"]
     with opened(tmp_path, **given) as store:  # whose RAM takes what the disk gives
         cache = GhostCache(models("llama"), store)

@@ -19,7 +19,7 @@ from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.codecs.header import DIGEST_CHARS, DIGEST_OPENING, TensorField, header_bytes, payload_digest
 from ghostcacher.codecs.heads import Heads, Lines
-from ghostcacher.codecs.outliers import Outliers, packed
+from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import codec_from, codec_named
@@ -48,7 +48,7 @@ def test_real_bytes_are_close_to_the_entropy(c):
     given_group = group("values", heads=3, dim=64, layers=4)
     parts = EntropyCodec.of(c).encode(given_group, tensor, Piece(1024, 1024))
     codes = torch.cat([(layer / (c * layer.square().mean().sqrt())).round().flatten() for layer in tensor])
-    frames = {name: part for name, part in parts.items() if name.endswith(("frames", "outliers"))}
+    frames = {name: part for name, part in parts.items() if name.endswith(("frames", "outlier_planes"))}
     assert bits(frames, tensor) <= entropy_bits(codes) + 0.06
 
 
@@ -300,9 +300,38 @@ def test_outliers_out_of_order_or_place_are_refused(pairs):
     codes[..., : len(pairs)] = 300.0
     parts = dict(coder.pack(codes))
     places, found = np.array(pairs).T
-    parts["x.outliers"] = torch.frombuffer(bytearray(packed([Outliers(places, found)])), dtype=torch.uint8)
+    parts["x.outlier_planes"] = torch.frombuffer(bytearray(packed([Outliers(places, found)])), dtype=torch.uint8)
     with pytest.raises(BlockError, match="frame"):
         list(coder.unpack(parts))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_outliers_come_back_wherever_they_stand_and_whatever_they_are(data):
+    """In as few bytes as the farthest and the largest take."""
+    size, largest = (2 ** data.draw(st.integers(1, most)) for most in (31, 24))
+    runs = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        places = sorted(data.draw(st.sets(st.integers(0, size - 1), max_size=20)))
+        codes = [data.draw(st.integers(-largest, largest)) for _ in places]
+        runs.append(Outliers(np.array(places, np.int64), np.array(codes, np.float32)))
+    blob = packed(runs)
+    found = unpacked(memoryview(blob), [len(run) for run in runs], [size] * len(runs))
+    for run, back in zip(runs, found, strict=True):
+        assert np.array_equal(run.places, back.places)
+        assert np.array_equal(run.codes, back.codes)
+    assert not blob or (blob[0] <= size.bit_length() // 8 + 1 and blob[1] <= largest.bit_length() // 8 + 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\2", b"\2\1", b"\0\1" + compress(b"\1"), b"\1\0" + compress(b"\1"), b"\5\1" + compress(b"\1" * 6),
+     b"\1\5" + compress(b"\1" * 6), b"\1\1" + compress(b"\1" * 3), b"\1\1" + compress(b"\1" * 2) + b"more"],
+)  # fmt: skip
+def test_planes_of_outliers_that_packed_does_not_write_are_refused(data):
+    assert unpacked(memoryview(b"\1\1" + compress(b"\1\1")), [1], [9])[0].places.tolist() == [0]
+    with pytest.raises(BlockError, match="frame"):
+        unpacked(memoryview(data), [1], [9])
 
 
 @pytest.mark.parametrize("counts", [[-1], [65], [2]])
