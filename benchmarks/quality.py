@@ -74,7 +74,7 @@ def calibrated(loaded: Loaded) -> Tables:
         loaded.tokenizer(text[: 4 * CHARACTERS], return_tensors="pt").input_ids[:, : PREFIX_TOKENS + SCORED_TOKENS]
         for text in built_in()
     ]
-    return calibrate(loaded.model, windows).tables
+    return calibrate(loaded.model, windows, codecs=()).tables
 
 
 def measure(model: torch.nn.Module, tables: Tables, replays: Sequence[Replay]) -> list[Measure]:

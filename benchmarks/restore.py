@@ -77,7 +77,7 @@ def measure(loaded: Loaded, tokens: int, folder: Path, url: str) -> list[Row]:
     """All codecs on one prefix of real text."""
     module, length = loaded.model, PREFIX_TOKENS + SCORED_TOKENS
     windows = [loaded.tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in built_in()]
-    tables = calibrate(module, windows[:2])
+    tables = calibrate(module, windows[:2], codecs=())
     shape = hooks_of(module).adapter.shape
     assert shape is not None
     ids = loaded.tokenizer(real_text()[: 12 * tokens], return_tensors="pt").input_ids[:, :tokens]

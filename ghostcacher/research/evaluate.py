@@ -35,7 +35,8 @@ class Measure:
     divergence of the next token's distribution from the exact one, in nats a token, with the smallest and the largest
     of the texts. ``top1`` is how often the likeliest token is the same, ``perplexity_change`` relative, against the
     text. ``encode_share`` and ``decode_share`` are rates on bf16 state as shares of copying it: 1.0 is as fast as
-    memory; processor time of one thread, on the first text, into memory used before. Checksums are not in them.
+    memory; processor time of one thread, in turn with copies, on the first text, into memory used before. Checksums
+    are not in them.
     """
 
     codec: str
@@ -158,8 +159,7 @@ def _shares(blocks: Sequence[KVBlock], codec: TensorCodec) -> tuple[float, float
         for (coder, group, _, piece, parts), target in zip(jobs, targets, strict=True):
             _decode_into(target, coder, group, piece, parts)
 
-    copying = _seconds(copy)
-    return copying / (_seconds(encode, rounds=1) * repeats), copying / _seconds(decode)
+    return _share(copy, encode, rounds=1) / repeats, _share(copy, decode)
 
 
 def _decode_into(target: torch.Tensor, codec: TensorCodec, group: TensorGroup, piece: Piece, parts: Parts) -> None:
@@ -177,17 +177,22 @@ def _in_bf16(block: KVBlock) -> KVBlock:
     return KVBlock(block.key, KVLayout(layers, block.layout.rotation), tensors)
 
 
-def _seconds(work: Callable[[], object], rounds: int = 3) -> float:
-    """Processor time on one thread, the median of some rounds after a first."""
+def _share(copy: Callable[[], object], work: Callable[[], object], rounds: int = 7) -> float:
+    """How often ``work`` fits into the time of ``copy``, on one thread: the median of some rounds after a first.
+
+    They take turns, since how fast memory is changes from one second to the next.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        work()
-        taken = []
-        for _ in range(rounds):
-            began = time.thread_time()
-            work()
-            taken.append(time.thread_time() - began)
+        copy(), work()
+        return 1 / statistics.median(_seconds(work) / _seconds(copy) for _ in range(rounds))
     finally:
         torch.set_num_threads(threads)
-    return max(statistics.median(taken), 1e-9)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Processor time of this thread."""
+    began = time.thread_time()
+    work()
+    return max(time.thread_time() - began, 1e-9)
