@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from ghostcacher.codecs.planes import PlaneCodec
+from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.tables import TablesSource
 from ghostcacher.eviction import Entry
 from ghostcacher.index import PrefixIndex
+from ghostcacher.tiers.decoded import TENSORS
 
+Calibrated = Callable[[bytes, str], float | None]
+"""What the model of a namespace's state loses by a codec, as far as its calibration says."""
+
+UNCODED = frozenset({TENSORS, RawCodec.name, PlaneCodec.name})
 NAMESPACE_LIMIT = 1024
 """Of so many namespaces it is remembered whose state they hold, the newest."""
 
@@ -29,16 +36,14 @@ class Costs:
         """Mean over the tokens of the blocks of ``index`` that were stored or read, in nats a token; 0 if none were.
 
         What was certified counts as it was replayed, what is exact as 0, the rest as the calibration says of its codec;
-        tensors that were decoded, as the coded block in one of ``others``. None if that of any block is not known.
-        May read the store.
+        what was not coded but is lossy, as the coded block in one of ``others``, or else as what it was computed on.
+        None if that of any block is not known. May read the store.
         """
         calibrated = lru_cache(None)(self._calibrated)
         total, tokens = 0.0, 0
         for entry in index.entries():
             if entry.codec and not entry.key.is_snapshot:
-                copies = (other.get(entry.key.digest) for other in others if entry.lossy)
-                lossy = [entry, *(copy for copy in copies if copy is not None and copy.lossy)]
-                kl = next((kl for each in lossy if (kl := _measured(each, calibrated)) is not None), None)
+                kl = _cost(entry, index, others, calibrated)
                 if kl is None:
                     return None
                 total, tokens = total + kl * entry.key.length, tokens + entry.key.length
@@ -50,7 +55,20 @@ class Costs:
         return tables.cost(codec) if tables is not None else None
 
 
-def _measured(entry: Entry, calibrated: Callable[[bytes, str], float | None]) -> float | None:
+def _cost(
+    entry: Entry | None, index: PrefixIndex, others: Sequence[PrefixIndex], calibrated: Calibrated
+) -> float | None:  # fmt: skip
+    while entry is not None:
+        copies = (other.get(entry.key.digest) for other in others if entry.lossy)
+        alike = [entry, *(copy for copy in copies if copy is not None and copy.lossy)]
+        kl = next((kl for each in alike if (kl := _measured(each, calibrated)) is not None), None)
+        if kl is not None or entry.codec not in UNCODED:
+            return kl
+        entry = index.get(entry.key.parent)
+    return None
+
+
+def _measured(entry: Entry, calibrated: Calibrated) -> float | None:
     if entry.kl is not None:
         return entry.kl
     return calibrated(entry.key.namespace, entry.codec) if entry.lossy else 0.0

@@ -15,7 +15,8 @@ from ghostcacher.keys import BlockKey, PrefixChain
 from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, content_counts
 from ghostcacher.tiers.counts import Counts
 
-_TENSORS = "decoded"
+TENSORS = "decoded"
+"""What stands for a codec where blocks are not coded."""
 
 
 class DecodedTier:
@@ -91,7 +92,7 @@ class DecodedTier:
                 )
                 return False
             self._blocks[block.key.digest] = block
-            outgrown = self.index.add(block.key, block.size_bytes, lossy=block.lossy, codec=_TENSORS)
+            outgrown = self.index.add(block.key, block.size_bytes, lossy=block.lossy, codec=TENSORS)
             self._forget(outgrown)
         self._counts.add("stored")
         return True
@@ -117,7 +118,7 @@ class DecodedTier:
         counts, lossy = self._counts, any(entry.lossy for entry in self.index.entries())
         return TierStats(
             self.name, len(self.index), self.index.size_bytes, self.budget_bytes,
-            counts["hits"], counts["stored"], counts["evicted"], 0, 0, _TENSORS, lossy, *content_counts(self.index),
+            counts["hits"], counts["stored"], counts["evicted"], 0, 0, TENSORS, lossy, *content_counts(self.index),
         )  # fmt: skip
 
     def _moved(self, block: KVBlock) -> KVBlock:

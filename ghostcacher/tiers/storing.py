@@ -97,7 +97,8 @@ class Storing:
             return {}
 
     def _is_coded(self, key: BlockKey) -> bool:
-        entries = [tier.index.get(key.digest) for tier in self._tiers]
+        """Whether a tier holds lossy bytes of it, which are passed on; lossy tensors may be coded."""
+        entries = [tier.index.get(key.digest) for tier in self._far]
         return any(entry is not None and entry.lossy for entry in entries)
 
     def _offered(self, block: KVBlock, model: str) -> Offer:

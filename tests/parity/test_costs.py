@@ -118,6 +118,22 @@ def test_certified_blocks_count_as_they_were_replayed(models, generate, tmp_path
     assert found == pytest.approx(replayed * 192 / 200)  # the open block waits exactly
 
 
+def test_an_exact_block_on_top_of_a_lossy_one_costs_what_that_costs(models, generate, tmp_path):
+    """Turn after turn in a new process: open blocks wait exactly, on a prefix that was restored."""
+    model = models("llama")
+    for end in (192, 150, 260, 300):
+        with opened(tmp_path, memory="16MiB", quality=0.05) as store:
+            generate(model, random_prompt(300, seed=4)[:, :end], GhostCache(model, store), new=1)
+            near, found = expected(store)
+            entries = {entry.key.digest: entry for entry in store.tiers[1].index.entries()}
+    (tail,) = (entry for entry in entries.values() if entry.kl is None)
+    assert (tail.lossy, tail.codec, tail.key.start) == (True, "raw", 256)
+    costs = [entry.kl if entry.kl is not None else entries[entry.key.parent].kl for entry in entries.values()]
+    lengths = [entry.key.length for entry in entries.values()]
+    assert found == pytest.approx(sum(kl * n for kl, n in zip(costs, lengths, strict=True)) / sum(lengths))
+    assert 0 < near < max(costs)
+
+
 def test_what_a_remote_store_has_only_named_counts_when_it_is_read(models, generate, learned, tmp_path):
     model, given = models("llama"), {"memory": None, "disk": None, "remote": f"file://{tmp_path}/far", "codec": "int8"}
     with opened(tmp_path, **given) as store:

@@ -203,6 +203,20 @@ def test_a_tier_that_only_named_its_blocks_is_asked_what_they_cost(models, gener
     assert len(set(far)) == 3
 
 
+def test_what_ram_holds_of_a_restored_conversation_is_still_coded_elsewhere(models, generate, tmp_path):
+    """Tensors that stand on lossy ones are lossy, and not coded."""
+    model, text = models("llama"), random_prompt(512, seed=21)
+    for end in [148, 290, 420, 512]:
+        with opened(tmp_path, memory="16MiB") as store:
+            generate(model, text[:, :end], GhostCache(model, store), new=1)
+    found = headers(tmp_path)
+    whole = [header for header in found if header.key.length == 64]
+    assert len(whole) == 8
+    assert all(header.codec["name"] == "int8" and header.certificate for header in whole)
+    certified = [header.certificate.replayed for header in whole]
+    assert certified == sorted(certified)
+
+
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_what_was_restored_without_a_certificate_leaves_no_budget(is_remote, models, generate, tmp_path):
     model, tiers = models("llama"), {"disk": None, "remote": f"file://{tmp_path}"} if is_remote else {}
