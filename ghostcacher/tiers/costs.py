@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from ghostcacher.codecs.planes import PlaneCodec
@@ -10,6 +11,7 @@ from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.tables import TablesSource
 from ghostcacher.eviction import Entry
 from ghostcacher.index import PrefixIndex
+from ghostcacher.tiers.base import Tier, TierStats
 from ghostcacher.tiers.decoded import TENSORS
 
 Calibrated = Callable[[bytes, str], float | None]
@@ -32,18 +34,23 @@ class Costs:
         if self._weights.get(namespace) != weights:
             self._weights = {**dict(list(self._weights.items())[1 - NAMESPACE_LIMIT :]), namespace: weights}
 
-    def expected(self, index: PrefixIndex, others: Sequence[PrefixIndex]) -> float | None:
+    def stats_of(self, tiers: Sequence[Tier]) -> tuple[TierStats, ...]:
+        """What each of ``tiers`` says of itself, and what it costs."""
+        indexes = [tier.index for tier in tiers]
+        return tuple(replace(tier.stats(), kl_expected=self.expected(tier.index, indexes)) for tier in tiers)
+
+    def expected(self, index: PrefixIndex, all_indexes: Sequence[PrefixIndex]) -> float | None:
         """Mean over the tokens of the blocks of ``index`` that were stored or read, in nats a token; 0 if none were.
 
         What was certified counts as it was replayed, what is exact as 0, the rest as the calibration says of its codec;
-        what was not coded but is lossy, as the coded block in one of ``others``, or else as what it was computed on.
-        None if that of any block is not known. May read the store.
+        what was not coded but is lossy, as the coded block in one of ``all_indexes``, or else as what it was computed
+        on. None if that of any block is not known. May read the store.
         """
         calibrated = lru_cache(None)(self._calibrated)
         total, tokens = 0.0, 0
         for entry in index.entries():
             if entry.codec and not entry.key.is_snapshot:
-                kl = _cost(entry, index, others, calibrated)
+                kl = _cost(entry, index, all_indexes, calibrated)
                 if kl is None:
                     return None
                 total, tokens = total + kl * entry.key.length, tokens + entry.key.length
@@ -56,16 +63,20 @@ class Costs:
 
 
 def _cost(
-    entry: Entry | None, index: PrefixIndex, others: Sequence[PrefixIndex], calibrated: Calibrated
+    entry: Entry | None, index: PrefixIndex, all_indexes: Sequence[PrefixIndex], calibrated: Calibrated
 ) -> float | None:  # fmt: skip
     while entry is not None:
-        copies = (other.get(entry.key.digest) for other in others if entry.lossy)
-        alike = [entry, *(copy for copy in copies if copy is not None and copy.lossy)]
-        kl = next((kl for each in alike if (kl := _measured(each, calibrated)) is not None), None)
+        copies = [entry] if entry.codec not in UNCODED else [entry, *_lossy(entry.key.digest, all_indexes)]
+        kl = next((kl for copy in copies if (kl := _measured(copy, calibrated)) is not None), None)
         if kl is not None or entry.codec not in UNCODED:
             return kl
         entry = index.get(entry.key.parent)
     return None
+
+
+def _lossy(digest: bytes, indexes: Sequence[PrefixIndex]) -> list[Entry]:
+    """What ``indexes`` know of a block, where it is lossy."""
+    return [entry for index in indexes if (entry := index.get(digest)) is not None and entry.lossy]
 
 
 def _measured(entry: Entry, calibrated: Calibrated) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +20,7 @@ from ghostcacher.index import Candidate, cut_to_snapshot, longest_prefix
 from ghostcacher.keys import BlockKey, PrefixChain, common_tokens
 from ghostcacher.tiers.admission import SecondSight
 from ghostcacher.tiers.auditing import Auditing
-from ghostcacher.tiers.base import Place, Tier, TierStats
+from ghostcacher.tiers.base import Place, Tier
 from ghostcacher.tiers.costs import Costs
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.decoded import DecodedTier
@@ -247,14 +247,10 @@ class TierStack:
         """
         c = self._counts
         return StoreStats(
-            tuple(map(self._stats_of, self.tiers)), c["prompts"], c["hits"], c["prompt_tokens"],
+            self._costs.stats_of(self.tiers), c["prompts"], c["hits"], c["prompt_tokens"],
             c["cached_tokens"], c.beginning("bypass: "), self._writer.queued, self._writer.dropped,
             self._writer.failed, self._writer.is_healthy, self.auditing.audited, self.auditing.disproved,
         )  # fmt: skip
-
-    def _stats_of(self, tier: Tier) -> TierStats:
-        others = [other.index for other in self.tiers if other is not tier]
-        return replace(tier.stats(), kl_expected=self._costs.expected(tier.index, others))
 
     def note(self, report: CacheReport) -> None:
         """Count one prompt and tell the observers."""

@@ -53,6 +53,14 @@ def test_each_tier_says_what_its_codec_costs_on_the_model(models, generate, lear
         assert expected(store)[:2] == [pytest.approx(on_disk)] * 2
 
 
+def test_a_codec_that_was_not_measured_is_not_taken_for_another_tiers(models, generate, tmp_path):
+    learned = calibrate(models("llama"), TEXTS[:1], codecs=["int8"], **SIZES)
+    with opened(tmp_path, codec="int8", remote=f"file://{tmp_path}/far", remote_codec="ec(0.35)") as store:
+        store.shelf.put(*learned)
+        generate(models("llama"), PROMPT, GhostCache(models("llama"), store), new=1)
+        assert expected(store) == [0.0, pytest.approx(learned.tables.costs["int8"]), None]
+
+
 def test_what_is_said_is_what_was_measured(models, learned):
     """By the codec's own evaluation; and that, by running the model on what was coded."""
     model, costs = models("llama"), learned.tables.costs
