@@ -6,6 +6,7 @@ whose replay keeps the budget is taken (see `ghostcacher.tiers.certifying`). Wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -79,4 +80,5 @@ class QualityCodec:
 def divergence(exact: torch.Tensor, coded: torch.Tensor) -> float:
     """Mean KL of ``coded`` from ``exact`` logits ``[tokens, vocabulary]``, in nats a token."""
     p, q = exact.double().log_softmax(-1), coded.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    # Tokens that a model rules out have a logit of minus infinity, and cost nothing.
+    return float(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1).mean())

@@ -58,7 +58,8 @@ def calibrate(
     """Learn tables from ``texts``, token ids ``[1, at least prefix_tokens + scored_tokens]`` each.
 
     Six texts of different kinds are enough. Runs the model forwards and backwards over each, and measures the curve
-    and what ``codecs`` cost on the first two, in blocks of 128 tokens. One that refuses the model's state is left out.
+    and what ``codecs`` cost on the first two, in blocks of 128 tokens. One that refuses the model's state,
+    or ruins it, is left out.
     ``progress`` is told of each step, `steps_of` many. Changes neither model nor random state. What it gives is for
     ``store.shelf.put(tables, weights)``.
 
@@ -111,6 +112,8 @@ def _curve(
     rising: list[tuple[float, float]] = []
     for step in CURVE_STEPS:
         kl = _kl(model, KvtCodec(step, tables), replays)
+        if not math.isfinite(kl):
+            raise UnsupportedModelError(f"the model's logits give a KL of {kl}: nothing can be measured on it")
         rising.append((step, max(kl, rising[-1][1] * (1 + 1e-3)) if rising else kl))
         progress("curve")
     return tuple(rising)
@@ -123,7 +126,9 @@ def _costs(
     costs = dict[str, float]()
     for codec in codecs:
         with contextlib.suppress(BlockError):
-            costs[spoken(record_of(codec))] = _kl(model, codec, replays)
+            kl = _kl(model, codec, replays)
+            if math.isfinite(kl):
+                costs[spoken(record_of(codec))] = kl
         progress("codecs")
     return costs
 
@@ -131,9 +136,7 @@ def _costs(
 def _kl(model: Any, codec: TensorCodec, replays: Sequence[Replay]) -> float:
     """What ``codec`` costs, in nats a token; never 0, which has no logarithm."""
     kl = evaluate(model, codec, replays, is_timed=False).kl
-    if not math.isfinite(kl):
-        raise UnsupportedModelError(f"the model's logits give a KL of {kl}: nothing can be measured on it")
-    return max(LEAST, kl)
+    return kl if math.isnan(kl) else max(LEAST, kl)
 
 
 def _learned(sums: dict[str, Sums], shape: Shape, model_type: str) -> Tables:

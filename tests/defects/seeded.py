@@ -155,6 +155,8 @@ DEFECTS = (
            "        return None\n", "tests/parity/test_costs.py -k on_top_of"),
     Defect("take a codec's cost from another tier", "tiers/costs.py", "[entry] if entry.codec not in UNCODED else [entry,",
            "[entry,", "tests/parity/test_costs.py -k not_taken_for"),
+    Defect("take a KL that is none for a cost", "research/calibrate.py", "            if math.isfinite(kl):", "            if True:",
+           "tests/parity/test_costs.py -k refuses_or_ruins"),
     Defect("lose the sign of an outlier", "codecs/outliers.py", "planes[-1].view(np.int8).astype", "planes[-1].astype",
            "tests/unit/test_entropy_codecs.py -k wherever_they_stand"),
     Defect("take what was only named for exact", "tiers/certifying.py",

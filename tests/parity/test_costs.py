@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import ghostcacher
 from ghostcacher import GhostCache, lookup
+from ghostcacher.codecs.base import fresh
 from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.quality import divergence
 from ghostcacher.codecs.registry import CODECS
-from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.errors import BlockError, ConfigurationError, UnsupportedModelError
 from ghostcacher.research import COMPARED, calibrate, evaluate
 from ghostcacher.testing.models import random_prompt, tiny_model
 
@@ -176,8 +180,33 @@ class Refusing(Int8Codec):
         raise BlockError("nonfinite", "never")
 
 
-def test_a_codec_that_refuses_the_state_has_no_cost(models, monkeypatch):
+class Ruining(Int8Codec):
+    """Gives back what no model can go on from."""
+
+    name = "ruining"
+
+    def decode(self, group, piece, parts, room=fresh):
+        return Int8Codec.decode(self, group, piece, parts, room).fill_(torch.nan)
+
+
+def test_a_codec_that_refuses_or_ruins_the_state_has_no_cost(models, monkeypatch):
     monkeypatch.setitem(CODECS, "refusing", Refusing)
-    tables = calibrate(models("llama"), TEXTS[:1], codecs=["refusing", "int8"], **SIZES).tables
+    monkeypatch.setitem(CODECS, "ruining", Ruining)
+    tables = calibrate(models("llama"), TEXTS[:1], codecs=["refusing", "ruining", "int8"], **SIZES).tables
     assert list(tables.costs) == ["int8"]
-    assert tables.cost("refusing") is None
+    assert [tables.cost(codec) for codec in ("refusing", "ruining")] == [None, None]
+
+
+def test_a_curve_that_cannot_be_measured_is_an_error(models, monkeypatch):
+    kvt = KvtCodec.decode
+    monkeypatch.setattr(KvtCodec, "decode", lambda *given: kvt(*given).fill_(torch.nan))
+    with pytest.raises(UnsupportedModelError, match="nan"):
+        calibrate(models("llama"), TEXTS[:1], **SIZES)
+
+
+def test_tokens_that_a_model_rules_out_cost_nothing():
+    exact, coded = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 1.0, -torch.inf]])
+    assert 0 < divergence(exact, coded) == pytest.approx(divergence(exact[:, :2], coded[:, :2]))
+    assert divergence(exact[:, [0, 1, 1]], coded) == torch.inf
+    assert divergence(exact, exact) == 0.0
+    assert math.isnan(divergence(exact, coded * torch.nan))
