@@ -51,7 +51,7 @@ def calibrate(
     windows = [window for source in sources if (window := _window(loaded.tokenizer, source, length)) is not None]
     if not windows:
         fail(f"no text has {length} tokens; give longer ones with --text, or a smaller --prefix-tokens")
-    codecs = (*COMPARED, *(codec or ()))
+    codecs = tuple(dict.fromkeys((*COMPARED, *(codec or ()))))
     with open_store(directory, memory=None, remote=remote) as store:
         with tqdm(total=steps_of(len(windows), codecs), desc="calibrating", disable=None, leave=False) as bar:
             tables, weights = calibrate(

@@ -17,7 +17,7 @@ import torch
 from ghostcacher.blocks import Turn
 
 KEPT_ANGLES = 2**17
-"""Of so many angles at most cosine and sine are kept: a mebibyte, of 32 blocks."""
+"""Of blocks with at most so many angles cosine and sine are kept: a mebibyte each, of the latest 32."""
 
 
 class Heads:

@@ -185,7 +185,8 @@ def _share(copy: Callable[[], object], work: Callable[[], object], rounds: int =
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        copy(), work()
+        copy()
+        work()
         return 1 / statistics.median(_seconds(work) / _seconds(copy) for _ in range(rounds))
     finally:
         torch.set_num_threads(threads)

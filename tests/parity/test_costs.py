@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+import typer
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 import ghostcacher
 from ghostcacher import GhostCache, lookup
+from ghostcacher.cli.calibrate import register
 from ghostcacher.codecs.base import fresh
 from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.kvt import KvtCodec
@@ -18,6 +22,7 @@ from ghostcacher.codecs.registry import CODECS
 from ghostcacher.errors import BlockError, ConfigurationError, UnsupportedModelError
 from ghostcacher.research import COMPARED, calibrate, evaluate
 from ghostcacher.testing.models import random_prompt, tiny_model
+from ghostcacher.testing.words import word_tokenizer, words_of
 
 PROMPT = random_prompt(200, seed=4)
 SIZES = {"prefix_tokens": 128, "scored_tokens": 32}
@@ -163,6 +168,23 @@ def test_what_a_remote_store_has_only_named_counts_when_it_is_read(models, gener
     assert (named.tokens, named.size_bytes, named.kl_expected) == (0, 0, 0.0)
     assert (read.tokens, read.size_bytes) == (before.tokens, before.size_bytes) == (200, before.size_bytes)
     assert read.kl_expected == before.kl_expected == pytest.approx(learned.tables.costs["int8"])
+
+
+def test_the_command_measures_what_it_is_told_and_stats_say_it(models, generate, tmp_path):
+    model, folder, text = models("llama"), tmp_path / "model", tmp_path / "text"
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    text.write_text(words_of(random_prompt(384, seed=11)))
+    sizes = ["--prefix-tokens", "128", "--codec", "ec(2)", "--codec", "int8", "--format", "json"]
+    command = typer.Typer()
+    register(command)
+    done = CliRunner().invoke(command, [str(folder), "--text", str(text), "-d", str(tmp_path / "near"), *sizes])
+    assert done.exit_code == 0, done.output
+    costs = json.loads(done.stdout)["costs"]
+    assert [cost["codec"] for cost in costs] == [*COMPARED, "ec(2)"]
+    with opened(tmp_path, memory=None, codec="ec(2)") as store:
+        generate(model, PROMPT, GhostCache(model, store), new=1)
+        assert expected(store) == [pytest.approx(costs[-1]["kl"])]
 
 
 @pytest.mark.parametrize("codec", ["kvt(0.25)", "quality(0.001)", "int9"])
