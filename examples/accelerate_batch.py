@@ -16,6 +16,7 @@ import argparse
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 import ghostcacher
 from ghostcacher.cli.demo_model import load, real_text
@@ -39,12 +40,14 @@ def main(
             model.generate(document, attention_mask=torch.ones_like(document), **{**options, "max_new_tokens": 1})
             store.flush()
         state.wait_for_everyone()
+        lines = []
         with state.split_between_processes(list(QUESTIONS)) as mine:
             for question in mine:
                 asked = tokenizer(f"\n\n{question}\n", return_tensors="pt").input_ids.to(state.device)
                 prompt = torch.cat([document, asked], dim=1)
                 model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-                print(f"process {state.process_index}: {question} [{attached.reports[-1]}]", flush=True)
+                lines.append(f"process {state.process_index}: {question} [{attached.reports[-1]}]")
+    state.print(*gather_object(lines), sep="\n")  # by one process: lines of several would run into each other
     state.destroy_process_group()
 
 

@@ -52,14 +52,15 @@ def test_f44_a_cluster_serves_and_outlives_a_master(models, generate, redis_clus
         victim = next(node for node in redis_cluster if node.port == ports[0])
         victim.stop()
         try:
-            cached = []
+            cached, halves = [], []
             for _ in range(16):
                 cache = GhostCache(model, store)
                 assert torch.equal(generate(model, PROMPT, cache), expected)
                 cached.append(cache.report.cached_tokens)
+                halves.append(store.tiers[0].store._store._store._halves.are_replicas)
                 assert not store.tiers[0].store.is_out
                 time.sleep(0.25)
-            assert store.tiers[0].store._store._store._halves.are_replicas
+            assert any(halves), "replicas were read"
             assert cached[0] == 199, "a replica has it"
             assert cached[-1] == 199, "and is the master now"
         finally:
