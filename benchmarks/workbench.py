@@ -76,7 +76,7 @@ class Limit:
         ]
         room = tokens + 512
         self._room = [
-            tuple(torch.zeros(*state.shape[:2], room, state.shape[3]) for state in pair) for pair in self._states
+            tuple(state.new_zeros(*state.shape[:2], room, state.shape[3]) for state in pair) for pair in self._states
         ]
         self._tokens = tokens
 
@@ -140,10 +140,18 @@ class TokenTimes:
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Wall seconds of one call."""
+    """Wall seconds of one call, and of what it left to a GPU."""
+    settle()
     started = time.perf_counter()
     function()
+    settle()
     return time.perf_counter() - started
+
+
+def settle() -> None:
+    """Wait for what a GPU still does."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def median(values: Sequence[float]) -> float:

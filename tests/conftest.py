@@ -27,6 +27,15 @@ BLOCK_TOKENS = 16
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where models and prompts are, such as cuda; default: the CPU")
+
+
+def pytest_configure(config):
+    if device := config.getoption("--device"):
+        torch.set_default_device(device)
+
+
 @pytest.fixture(scope="session")
 def in_another_process():
     """A script run by an interpreter of its own, which finds the package: what it ended with and said."""

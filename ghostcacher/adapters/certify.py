@@ -63,7 +63,8 @@ def _difference(module: Any, left: torch.Tensor, right: torch.Tensor) -> tuple[f
 
 def _random_ids(module: Any, seed: int = _SEED) -> torch.Tensor:
     vocabulary = module.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator, device="cpu")
 
 
 def _cache(module: Any, shape: Shape) -> DynamicCache:

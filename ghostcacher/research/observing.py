@@ -44,9 +44,9 @@ class Sums:
         layers, heads, _, channels = group.shape(1)
         parts = 1 if heads * channels <= _WHOLE_WIDTH else heads
         width = heads * channels // parts
-        per_channel = torch.zeros((layers, heads * channels), dtype=torch.float64)
-        products = torch.zeros((layers, parts, width, width), dtype=torch.float64)
-        counts = torch.zeros((layers, 1), dtype=torch.float64)
+        per_channel = torch.zeros((layers, heads * channels), dtype=torch.float64, device="cpu")
+        products = torch.zeros((layers, parts, width, width), dtype=torch.float64, device="cpu")
+        counts = torch.zeros((layers, 1), dtype=torch.float64, device="cpu")
         return cls(group, parts, per_channel, products, per_channel.clone(), counts, counts.clone())
 
     def add_state(self, place: int, state: torch.Tensor) -> None:

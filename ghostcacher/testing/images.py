@@ -82,8 +82,9 @@ def tiny_image_model(model_type: str, **options: Any) -> Any:
 
 
 def random_image(seed: int) -> torch.Tensor:
-    """One image ``[3, height, width]`` of random pixels."""
-    return torch.randn((3, _PIXELS, _PIXELS), generator=torch.Generator().manual_seed(seed))
+    """One image ``[3, height, width]`` of random pixels, on torch's default device; the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((3, _PIXELS, _PIXELS), generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def image_inputs(model: Any, rows: Sequence[Sequence[int | torch.Tensor]]) -> dict[str, torch.Tensor]:

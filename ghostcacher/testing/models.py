@@ -31,7 +31,7 @@ def tiny_model(
     """A random causal model with 4 layers of width 64 and 128 tokens, in ``eval`` mode.
 
     ``recipe`` is a model type or a key of `RECIPES`. Equal arguments give equal weights. ``auto`` builds the model
-    from its config.
+    from its config, on torch's default device.
     """
     config = tiny_config(recipe, **overrides)
     with torch.random.fork_rng(devices=[]):
@@ -59,8 +59,10 @@ def tiny_config(recipe: str, **overrides: Any) -> Any:
 
 
 def random_prompt(tokens: int, *, seed: int = 0, rows: int = 1) -> torch.Tensor:
-    """Random token ids ``[rows, tokens]``, none of them padding."""
-    return torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    """Random token ids ``[rows, tokens]``, none of them padding: the same on whatever is torch's default device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def _known(config: Any, fields: Fields) -> dict[str, Any]:

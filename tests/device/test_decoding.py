@@ -10,6 +10,7 @@ from ghostcacher import GhostCache
 from ghostcacher.blocks import Rotation
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.bf16 import Bf16Codec
+from ghostcacher.codecs.bnb import BnbFp4Codec, BnbInt8Codec, BnbNf4Codec
 from ghostcacher.codecs.ec import EntropyCodec
 from ghostcacher.codecs.int4 import Int4Codec
 from ghostcacher.codecs.int8 import Int8Codec
@@ -33,7 +34,8 @@ def kvt():
 
 CODECS = {
     "raw.z": PlaneCodec(), "int8": Int8Codec(), "int4": Int4Codec(), "bf16": Bf16Codec(),
-    "ec": EntropyCodec(0.02, ROTATION), "kvt": kvt(),
+    "ec": EntropyCodec(0.02, ROTATION), "kvt": kvt(), "bnb_int8": BnbInt8Codec(), "bnb_nf4": BnbNf4Codec(),
+    "bnb_fp4": BnbFp4Codec(),
 }  # fmt: skip
 CODED = {"raw.z": ("float32", "bfloat16"), "bf16": ("float32",)}
 

@@ -218,7 +218,8 @@ def test_videos(image_models, memory_store):
     model = image_models("qwen2_vl")
 
     def run(seed, cache=None):
-        pixels = torch.randn((32, 1176), generator=torch.Generator().manual_seed(seed))
+        pixels = torch.randn((32, 1176), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        pixels = pixels.to(torch.get_default_device())
         ids = torch.tensor([[*range(2, 23), IMAGE_START, *[VIDEO_TOKEN] * 8, *range(30, 50)]])
         given = {} if cache is None else {cache_name(model): cache}
         return model.generate(
