@@ -108,9 +108,12 @@ def _attempt(
         missing = plan.missing(have, target)
         landing.expect(missing, plan.numbers, plan.row.pads)
         wanted.update({c.key.digest: c.key for c in missing})
-    fetched = store.fetch(
-        list(wanted.values()), shape.layout, landing.place, timeout_seconds=patience, device=landing.device
-    )
+    try:
+        fetched = store.fetch(
+            list(wanted.values()), shape.layout, landing.place, timeout_seconds=patience, device=landing.device
+        )
+    finally:
+        landing.settle()
     reached = floor(min(target, *(_reached(plan, fetched, have, target) for plan in plans)))
     if agree is not None:
         reached = have + agree(max(0, reached - have))

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ghostcacher.adapters import offload
+from ghostcacher.pinned import chunks
 
 SAMPLED_VALUES = 16
 
@@ -94,7 +95,10 @@ def full_digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        state.update(xxhash.xxh3_128(bytes_of(tensor)).digest())
+        content = xxhash.xxh3_128()
+        for chunk in chunks(tensor):
+            content.update(chunk)
+        state.update(content.digest())
     return state.hexdigest()
 
 

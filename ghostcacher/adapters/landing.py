@@ -13,6 +13,7 @@ from ghostcacher.adapters.probe import Shape
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.blocks import CPU, KVBlock, TensorGroup
 from ghostcacher.index import Candidate
+from ghostcacher.pinned import Sending, staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Landing:
         self._have = have
         self._targets: dict[bytes, list[_Target]] = {}
         self._states: dict[tuple[int, str], torch.Tensor] = {}
+        self._sending = Sending()
         self._slabs = self._split()
         if have:
             self._continue_in_own(columns)
@@ -94,6 +96,10 @@ class Landing:
             if skip < target.tokens:
                 for slab in self._slabs:
                     self._copy(slab, block, target, skip)
+
+    def settle(self) -> None:
+        """Wait until all that was placed has arrived: copies to a GPU are queued, on the streams of those threads."""
+        self._sending.settle()
 
     def commit(self, columns: int) -> None:
         """Let the layers show the first ``columns`` columns. Nothing before this call changes what they show."""
@@ -141,16 +147,17 @@ class Landing:
         axis, length = slab.group.token_axis, target.tokens - skip
         begin = target.pads + block.key.start + skip
         state = block.tensors[slab.number].narrow(1 + axis, skip, length)
+        members = staged(state if len(slab.members) == len(slab.group.layers) else state[slab.members], slab.device)
         if slab.stack is not None:
-            members = state if len(slab.members) == len(slab.group.layers) else state[slab.members]
             into = slab.stack.narrow(2 + axis, begin, length)
             for first, last in _runs(target.rows):
-                into[:, first:last] = members[:, None]
-            return
-        for place, buffer in zip(slab.members, slab.buffers, strict=True):
-            into = buffer.tensor.narrow(1 + axis, begin - buffer.origin, length)
-            for first, last in _runs(target.rows):
-                into[first:last] = state[place]
+                into[:, first:last].copy_(members[:, None], non_blocking=True)
+        else:
+            for member, buffer in zip(members, slab.buffers, strict=True):
+                into = buffer.tensor.narrow(1 + axis, begin - buffer.origin, length)
+                for first, last in _runs(target.rows):
+                    into[first:last].copy_(member, non_blocking=True)
+        self._sending.sent(slab.device)
 
     def _make_states(self, tokens: int) -> None:
         for group in self._shape.layout.snapshot_groups:

@@ -28,6 +28,7 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
+from ghostcacher.pinned import on_device
 
 STEPS = 15
 _BITS = 4
@@ -92,7 +93,7 @@ class Int4Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        packed = parts[f"{group.name}.codes"].to(decoded.device).view(_unflattened(group, coded))
+        packed = on_device(parts[f"{group.name}.codes"], decoded.device).view(_unflattened(group, coded))
         axis = group_axis(group)
 
         def unpack(run: slice, values: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.grouping import coded_tokens, grouped, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
+from ghostcacher.pinned import on_device
 
 STEPS = 255
 
@@ -61,7 +62,7 @@ class Int8Codec:
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        codes = grouped(group, parts[f"{group.name}.codes"].to(decoded.device))
+        codes = grouped(group, on_device(parts[f"{group.name}.codes"], decoded.device))
         from_codes(group, parts, STEPS, codes, decoded, lambda run, values: _copy(codes[run], values))
         return put_kept(group, decoded, piece, coded, parts)
 

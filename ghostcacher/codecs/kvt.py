@@ -36,6 +36,7 @@ from ghostcacher.codecs.products import add_outliers, product
 from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
+from ghostcacher.pinned import on_device
 
 _CALIBRATE = "run `ghostcacher calibrate` with this model and this store"
 
@@ -135,7 +136,7 @@ class KvtCodec:
         for codes in self._coder(group, coded).unpack(parts):
             small, rest = codes.in_int8()
             matrices = basis[codes.layers].flatten(0, 1)
-            given = small.to(decoded.device).view(len(matrices), -1, coded)
+            given = on_device(small, decoded.device).view(len(matrices), -1, coded)
             numbers = back.room(codes.layers).view(len(matrices), coded, -1)
             product(given, matrices, numbers)
             add_outliers(numbers, matrices, rest)

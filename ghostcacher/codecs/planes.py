@@ -20,6 +20,7 @@ from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.symbols import runs
 from ghostcacher.errors import BlockError
+from ghostcacher.pinned import on_device
 
 _INTEGERS = {"bfloat16": torch.int16, "float32": torch.int32}
 
@@ -94,7 +95,7 @@ class PlaneCodec:
         for run, frame in zip(runs(*integers.shape), torch.split(frames, sizes.tolist()), strict=True):
             rows = integers[run]
             exponents = torch.frombuffer(bytearray(decompress(frame.numpy().data, rows.numel())), dtype=torch.uint8)
-            _put(rows, exponents.view(rows.shape).to(rows.device), noise[run].to(rows.device))
+            _put(rows, on_device(exponents.view(rows.shape), rows.device), on_device(noise[run], rows.device))
         return decoded
 
 

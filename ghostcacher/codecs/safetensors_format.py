@@ -30,6 +30,7 @@ from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.keys import BlockKey
+from ghostcacher.pinned import in_ram
 
 SLACK_BYTES = 2**16
 _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items()}
@@ -97,7 +98,7 @@ def _coded(codec: TensorCodec, block: KVBlock, model: str) -> Coded:
     piece = Piece.of(block.key)
     tensors: dict[str, torch.Tensor] = {}
     for group, tensor in zip(block.layout.groups_of(block.key), block.tensors, strict=True):
-        tensors.update(codec.encode(group, tensor.detach().cpu(), piece))
+        tensors.update(codec.encode(group, in_ram(tensor.detach()), piece))
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
     header = BlockHeader(
         block.key, block.layout.digest, record_of(codec), block.lossy or codec.lossy, model,

@@ -6,18 +6,22 @@ from math import prod
 
 import torch
 
+from ghostcacher.pinned import Sending
+
 
 class Scratch:
     """A `Room` on ``device`` for one thread: what it gave for a block is overwritten after `reuse`."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
+        self._sending = Sending()
         self._buffers: list[torch.Tensor] = []
         self._taken = 0
 
     def reuse(self) -> None:
         """The latest block has been placed: its memory may be given again."""
         self._taken = 0
+        self._sending.sent(self._device)
 
     def settle(self) -> None:
         """Wait until what this thread computed is done: other threads may compute on other streams."""

@@ -20,6 +20,7 @@ from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
+from ghostcacher.pinned import on_device
 
 RUN_VALUES = 2**20
 WIDTHS = (1, 2, 4)
@@ -59,7 +60,7 @@ class Codes:
 
     def put(self, into: torch.Tensor) -> None:
         """Write them, still with what was ``added``, to fp32 memory of that many."""
-        into.view(self.symbols.shape).copy_(self.symbols.to(into.device))
+        into.view(self.symbols.shape).copy_(on_device(self.symbols, into.device))
         if len(self.outliers):
             places = torch.from_numpy(self.outliers.places).to(into.device)
             into.view(-1).put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))

@@ -12,6 +12,7 @@ from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.pinned import in_ram
 from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, content_counts
 from ghostcacher.tiers.counts import Counts
 
@@ -124,7 +125,7 @@ class DecodedTier:
     def _moved(self, block: KVBlock) -> KVBlock:
         if self._device is None or all(tensor.device == torch.device(self._device) for tensor in block.tensors):
             return block
-        return KVBlock(block.key, block.layout, tuple(t.to(self._device) for t in block.tensors), block.lossy)
+        return KVBlock(block.key, block.layout, tuple(map(in_ram, block.tensors)), block.lossy)
 
     def _make_room(self, size_bytes: int) -> None:
         needed_bytes = self.index.size_bytes + size_bytes - self.budget_bytes

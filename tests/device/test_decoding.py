@@ -104,4 +104,6 @@ def test_a_model_on_a_gpu_goes_on_from_what_a_tier_decodes_there(codec, with_log
             cache = GhostCache(model, store)
             found = with_logits(model, prompt, cache)
             assert cache.report.cached_tokens == 199 * turn
-            torch.testing.assert_close(found[1], expected[1], atol=1e-3 if codec.startswith("raw") else 0.5, rtol=0)
+            # Of the first token alone: after another one the logits are those of another text.
+            atol = 1e-3 if codec.startswith("raw") else 0.5
+            torch.testing.assert_close(found[1][0], expected[1][0], atol=atol, rtol=0)

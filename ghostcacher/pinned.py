@@ -1,0 +1,104 @@
+"""Copies between RAM and a GPU through pinned memory: from pageable memory they take six times as long.
+
+torch keeps the pinned memory that was used for what is copied next. Where none can be had, copies are as ever.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+LEAST_BYTES = 2**16
+"""Less is not worth a detour."""
+
+CHUNK_BYTES = 2**25
+UNDER_WAY = 8
+"""Copies that may be waiting for a GPU at once: each holds pinned memory."""
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. Of a copy to a GPU nobody waits: the thread's current stream has it in its order."""
+    return staged(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
+def in_ram(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in ordinary RAM, there to be read; one that lies there already is given back as it is."""
+    if not _is_worth_it(tensor, tensor.device):
+        return tensor.cpu()
+    room = _pinned(tensor)
+    if room is None:
+        return tensor.cpu()
+    room.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return torch.empty_like(room, pin_memory=False).copy_(room)
+
+
+def staged(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` in pinned memory if it lies in RAM and is to go to a GPU."""
+    room = _pinned(tensor) if tensor.device.type == "cpu" and _is_worth_it(tensor, device) else None
+    return tensor if room is None else room.copy_(tensor)
+
+
+def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a plain tensor in the order of its elements, in pieces; each is valid until the next but one."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    pieces = torch.split(flat, CHUNK_BYTES)
+    rooms = [_pinned(piece) for piece in pieces[:2]] if _is_worth_it(flat, flat.device) else []
+    if not rooms or any(room is None for room in rooms):
+        yield flat.cpu().numpy().data
+        return
+    ready: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+    for number, piece in enumerate(pieces):
+        room = rooms[number % 2][: len(piece)]  # type: ignore[index]  # none is None
+        room.copy_(piece, non_blocking=True)
+        ready.append((room, torch.cuda.current_stream(flat.device).record_event()))
+        if len(ready) > 1:
+            yield _arrived(*ready.popleft())
+    yield _arrived(*ready.popleft())
+
+
+class Sending:
+    """Copies to GPUs that are under way, at most `UNDER_WAY`. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def sent(self, device: torch.device) -> None:
+        """Something was queued for ``device`` on this thread's current stream; waits if much is under way."""
+        if device.type != "cuda":
+            return
+        event = torch.cuda.current_stream(device).record_event()
+        with self._lock:
+            self._events.append(event)
+            first = self._events.popleft() if len(self._events) > UNDER_WAY else None
+        if first is not None:
+            first.synchronize()
+
+    def settle(self) -> None:
+        """Wait until everything has arrived: other threads, on other streams, may use it then."""
+        with self._lock:
+            events, self._events = self._events, deque()
+        for event in events:
+            event.synchronize()
+
+
+def _arrived(room: torch.Tensor, event: torch.cuda.Event) -> memoryview:
+    event.synchronize()
+    view: memoryview = room.numpy().data
+    return view
+
+
+def _is_worth_it(tensor: torch.Tensor, gpu: torch.device) -> bool:
+    return gpu.type == "cuda" and tensor.nbytes >= LEAST_BYTES
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor | None:
+    """Pinned memory for what ``like`` holds; None if there is no more of it."""
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+    except RuntimeError:  # what of its memory a process may lock is limited
+        return None
