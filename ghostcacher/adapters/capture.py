@@ -11,11 +11,16 @@ from ghostcacher.adapters.guard import Guard
 from ghostcacher.adapters.state import Held, Snapshot
 from ghostcacher.blocks import KVBlock, KVLayout, TensorGroup
 from ghostcacher.keys import BlockKey, PrefixChain
+from ghostcacher.transfers import queued
 
 
 def always() -> bool:
     """Yes."""
     return True
+
+
+def at_once() -> None:
+    """Nothing to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class RowCapture:
 
     ``noted`` are decoded token ids not read yet (reading them would wait for the device). ``snapshots`` are copies
     already, by the length after which they are valid. ``follows`` is a scalar that says whether decoded tokens
-    were given the positions after the prompt's.
+    were given the positions after the prompt's. ``wait`` returns when a GPU has computed all of this.
     """
 
     begun: PrefixChain
@@ -60,6 +65,7 @@ class RowCapture:
     follows: torch.Tensor | None = None
     guard: Guard | None = None
     is_sound: Callable[[], bool] = always
+    wait: Callable[[], None] = at_once
 
     @classmethod
     def of(
@@ -77,6 +83,8 @@ class RowCapture:
             column - row.pads: _of_row(snapshot, layout, number)
             for column, snapshot in (snapshots or {}).items() if column > row.pads
         }  # fmt: skip
+        copied = [tensor for snapshot in taken.values() for group in snapshot for tensor in group]
+        viewed = [run.tensor for members in runs for run in members]
         return cls(
             row.chain,
             noted,
@@ -90,6 +98,7 @@ class RowCapture:
             follows,
             guard,
             is_sound,
+            queued(tensor.device for tensor in (*viewed, *copied)),
         )
 
     @property
@@ -113,6 +122,7 @@ class RowCapture:
 
         None if what it goes on from has turned out to be a lie.
         """
+        self.wait()
         if not self.is_sound() or (self.follows is not None and not bool(self.follows)):
             return []
         chain = self.chain()

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ghostcacher.adapters import offload
-from ghostcacher.pinned import chunks
+from ghostcacher.transfers import chunks
 
 SAMPLED_VALUES = 16
 

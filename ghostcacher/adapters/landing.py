@@ -13,7 +13,7 @@ from ghostcacher.adapters.probe import Shape
 from ghostcacher.adapters.state import CacheState
 from ghostcacher.blocks import CPU, KVBlock, TensorGroup
 from ghostcacher.index import Candidate
-from ghostcacher.pinned import Sending, staged
+from ghostcacher.transfers import Sending, note_use, staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,7 @@ class Landing:
         axis, length = slab.group.token_axis, target.tokens - skip
         begin = target.pads + block.key.start + skip
         state = block.tensors[slab.number].narrow(1 + axis, skip, length)
+        note_use(state)
         members = staged(state if len(slab.members) == len(slab.group.layers) else state[slab.members], slab.device)
         if slab.stack is not None:
             into = slab.stack.narrow(2 + axis, begin, length)

@@ -28,7 +28,7 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
-from ghostcacher.pinned import on_device
+from ghostcacher.transfers import on_device
 
 STEPS = 15
 _BITS = 4

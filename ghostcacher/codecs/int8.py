@@ -13,7 +13,7 @@ from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.grouping import coded_tokens, grouped, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
-from ghostcacher.pinned import on_device
+from ghostcacher.transfers import on_device
 
 STEPS = 255
 

@@ -36,7 +36,7 @@ from ghostcacher.codecs.products import add_outliers, product
 from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
-from ghostcacher.pinned import on_device
+from ghostcacher.transfers import on_device
 
 _CALIBRATE = "run `ghostcacher calibrate` with this model and this store"
 

@@ -20,7 +20,7 @@ from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.symbols import runs
 from ghostcacher.errors import BlockError
-from ghostcacher.pinned import on_device
+from ghostcacher.transfers import on_device
 
 _INTEGERS = {"bfloat16": torch.int16, "float32": torch.int32}
 

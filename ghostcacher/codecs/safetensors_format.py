@@ -30,7 +30,7 @@ from ghostcacher.codecs.raw import RawCodec
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.keys import BlockKey
-from ghostcacher.pinned import in_ram
+from ghostcacher.transfers import in_ram
 
 SLACK_BYTES = 2**16
 _TORCH_DTYPES = {short: DTYPES[name] for name, short in SAFETENSORS_DTYPES.items()}

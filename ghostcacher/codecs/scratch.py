@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from ghostcacher.pinned import Sending
+from ghostcacher.transfers import Sending
 
 
 class Scratch:

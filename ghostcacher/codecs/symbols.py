@@ -20,7 +20,7 @@ from ghostcacher.codecs.entropy import compress, decompress
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
-from ghostcacher.pinned import on_device
+from ghostcacher.transfers import on_device
 
 RUN_VALUES = 2**20
 WIDTHS = (1, 2, 4)

@@ -12,9 +12,9 @@ from ghostcacher.events import CacheEvent, Observer
 from ghostcacher.eviction import Entry, EvictionPolicy
 from ghostcacher.index import PrefixIndex
 from ghostcacher.keys import BlockKey, PrefixChain
-from ghostcacher.pinned import in_ram
 from ghostcacher.tiers.base import SNAPSHOT_SHARE, Offer, Place, TierStats, content_counts
 from ghostcacher.tiers.counts import Counts
+from ghostcacher.transfers import in_ram, settle
 
 TENSORS = "decoded"
 """What stands for a codec where blocks are not coded."""
@@ -124,6 +124,7 @@ class DecodedTier:
 
     def _moved(self, block: KVBlock) -> KVBlock:
         if self._device is None or all(tensor.device == torch.device(self._device) for tensor in block.tensors):
+            settle(block.tensors)
             return block
         return KVBlock(block.key, block.layout, tuple(map(in_ram, block.tensors)), block.lossy)
 

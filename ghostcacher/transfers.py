@@ -1,13 +1,14 @@
-"""Copies between RAM and a GPU through pinned memory: from pageable memory they take six times as long.
+"""Copies between RAM and GPUs, and waiting for what streams have been told to do.
 
-torch keeps the pinned memory that was used for what is copied next. Where none can be had, copies are as ever.
+Copies go through pinned memory: from pageable memory they take six times as long. torch keeps what was used of it for
+what is copied next. Where none can be had, copies are as ever.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -60,6 +61,29 @@ def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     yield _arrived(*ready.popleft())
 
 
+def queued(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Answers what waits, on any thread, until all that this thread's current streams were told so far is done."""
+    gpus = {device for device in devices if device.type == "cuda"}
+    events = [torch.cuda.current_stream(gpu).record_event(_event()) for gpu in gpus]
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return wait
+
+
+def settle(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait until ``tensors``, computed on this thread, are there for all threads and streams."""
+    queued(tensor.device for tensor in tensors)()
+
+
+def note_use(tensor: torch.Tensor) -> None:
+    """This thread's current stream reads ``tensor``: if it is let go of, its memory is not given away before."""
+    if tensor.device.type == "cuda":
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class Sending:
     """Copies to GPUs that are under way, at most `UNDER_WAY`. Safe to share between threads."""
 
@@ -84,6 +108,12 @@ class Sending:
             events, self._events = self._events, deque()
         for event in events:
             event.synchronize()
+
+
+def _event() -> torch.cuda.Event:
+    """One that is waited for asleep: the processor is others' meanwhile."""
+    event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no types here
+    return event
 
 
 def _arrived(room: torch.Tensor, event: torch.cuda.Event) -> memoryview:

@@ -7,13 +7,17 @@ import torch
 import xxhash
 
 import ghostcacher
-from ghostcacher import GhostCache, pinned
+from ghostcacher import GhostCache, transfers
 from ghostcacher.adapters.fingerprint import full_digest
-from ghostcacher.pinned import LEAST_BYTES, Sending, chunks, in_ram, on_device, staged
 from ghostcacher.testing.models import random_prompt, tiny_model
+from ghostcacher.transfers import LEAST_BYTES, Sending, chunks, in_ram, on_device, staged
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+TIERS = [
+    {"device": "2GiB", "memory": None, "disk": None}, {"memory": "2GiB", "disk": None}, {"memory": None},
+    {"memory": None, "codec": "raw.z"},
+]  # fmt: skip
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -24,13 +28,13 @@ def tensor_of(values, device=CPU):
 @pytest.fixture(params=["pinned", "none to be had"])
 def memory(request, monkeypatch):
     if request.param != "pinned":
-        monkeypatch.setattr(pinned, "_pinned", lambda like: None)
+        monkeypatch.setattr(transfers, "_pinned", lambda like: None)
     return request.param
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(pinned, "CHUNK_BYTES", LEAST_BYTES)
+    monkeypatch.setattr(transfers, "CHUNK_BYTES", LEAST_BYTES)
     return LEAST_BYTES
 
 
@@ -77,18 +81,16 @@ def test_a_digest_is_the_same_on_every_device(values, memory, small_chunks):
 @ON_A_GPU
 def test_no_more_than_a_few_copies_wait():
     sending = Sending()
-    for _ in range(3 * pinned.UNDER_WAY):
+    for _ in range(3 * transfers.UNDER_WAY):
         on_device(tensor_of(LEAST_BYTES), CUDA)
         sending.sent(CUDA)
-        assert len(sending._events) <= pinned.UNDER_WAY
+        assert len(sending._events) <= transfers.UNDER_WAY
     sending.settle()
     assert not sending._events
 
 
 @ON_A_GPU
-@pytest.mark.parametrize(
-    "tier", [{"memory": "1GiB", "disk": None}, {"memory": None}, {"memory": None, "codec": "raw.z"}]
-)
+@pytest.mark.parametrize("tier", TIERS)
 def test_streams_of_the_users_own_see_whole_state(tier, with_logits, tmp_path, memory):
     """Readers fill on their threads' streams, the model runs on another: nothing may run before it has arrived."""
     model = tiny_model("llama", num_hidden_layers=12, max_position_embeddings=8192).cuda()
