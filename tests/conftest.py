@@ -34,6 +34,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if device := config.getoption("--device"):
         torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # an image alone is what it is among others, and in any batch
 
 
 @pytest.fixture(scope="session")

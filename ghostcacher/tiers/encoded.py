@@ -280,6 +280,6 @@ class EncodedTier:
 
 
 def _batches(keys: Sequence[BlockKey]) -> list[Sequence[BlockKey]]:
-    """One for each reader, so that one is decoded while the other is read; few keys stay together."""
+    """Two, so that one is decoded while the other is read; few keys stay together."""
     half = len(keys) // 2
     return [keys[:half], keys[half:]] if half >= BATCH_BLOCKS else [keys]

@@ -1,4 +1,4 @@
-"""A small pool that reads and places blocks on two threads at once."""
+"""A small pool that reads and places blocks on several threads at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-READER_THREADS = 2
+READER_THREADS = 4
+"""At most; no more than there are processors. More of them wait for Python's lock, and for torch's own threads."""
+
 _Item = TypeVar("_Item")
 
 

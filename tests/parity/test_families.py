@@ -231,7 +231,11 @@ def test_what_is_stored_is_what_a_cold_run_computes(recipe, model, memory_store,
         chain = PrefixChain(Namespace(key.namespace), tokens, BLOCK_TOKENS)
         capture = RowCapture.of(state.frozen(), shape.layout, 0, Row(0, chain), (), key.end, snapshots=taken)
         for stored, computed in zip(tier.get(key).tensors, capture.block(key).tensors, strict=True):
-            assert torch.allclose(stored, computed, rtol=1e-3, atol=1e-3), (key.is_snapshot, key.start, key.end)
+            assert torch.allclose(stored.cpu(), computed.cpu(), rtol=1e-3, atol=1e-3), (
+                key.is_snapshot,
+                key.start,
+                key.end,
+            )
 
 
 @pytest.mark.parametrize("recipe", sorted(REFUSED))

@@ -96,7 +96,7 @@ def test_injected_bytes_are_the_stored_bytes(model, store, generate, hit_tokens)
         for name, state in (("keys", layer.keys), ("values", layer.values)):
             for start in range(0, hit_tokens, 16):
                 end = min(start + 16, hit_tokens)
-                piece = state[0, :, start:end]
+                piece = state[0, :, start:end].cpu()
                 stored = [f[name][number][:, : end - start] for f in files if f[name].shape[2] >= end - start]
                 assert any(torch.equal(piece, candidate) for candidate in stored)
                 found += 1

@@ -20,24 +20,28 @@ ONE_OF_EACH_KIND = (
 )  # fmt: skip
 
 
+def here():
+    return str(torch.get_default_device())
+
+
 def to_memory(model, _):
-    return accelerate.cpu_offload(model, execution_device="cpu")
+    return accelerate.cpu_offload(model, execution_device=here())
 
 
 def to_disk(model, folder):
-    return accelerate.disk_offload(model, folder, execution_device="cpu")
+    return accelerate.disk_offload(model, folder, execution_device=here())
 
 
 def spread(model, folder):
     """Every other layer on disk, as a ``device_map`` does that has no room for all."""
     base = model.base_model_prefix
-    places = {name: "cpu" for name, _ in model.named_children() if name != base}
+    places = {name: here() for name, _ in model.named_children() if name != base}
     for name, part in getattr(model, base).named_children():
         if isinstance(part, nn.ModuleList):
-            places |= {f"{base}.{name}.{n}": "disk" if n % 2 else "cpu" for n in range(len(part))}
+            places |= {f"{base}.{name}.{n}": "disk" if n % 2 else here() for n in range(len(part))}
         else:
-            places[f"{base}.{name}"] = "cpu"
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+            places[f"{base}.{name}"] = here()
+    return accelerate.dispatch_model(model, places, main_device=here(), offload_dir=folder)
 
 
 WAYS = {"memory": to_memory, "disk": to_disk, "spread": spread}
