@@ -53,7 +53,7 @@ ANSWER_TOKENS = 16
 class Measured:
     """One shape at one length: seconds by way (medians), ratios by way, and what the gate of each tier decided."""
 
-    name: str
+    title: str
     seconds: Mapping[str, float]
     sooner: Mapping[str, float]
     over_limit: Mapping[str, float]
@@ -79,7 +79,7 @@ def first_cache(bench: Bench) -> float:
         return seconds_of(lambda: GhostCache(bench.model, store))
 
 
-def measure(bench: Bench, name: str, tokens: int, rounds: int) -> Measured:
+def measure(bench: Bench, title: str, tokens: int, rounds: int) -> Measured:
     """All ways, in turn."""
     prefix = bench.text[:, :tokens]
     bench.generate(prefix)  # the first call of a process is slow, whatever the cache
@@ -108,7 +108,7 @@ def measure(bench: Bench, name: str, tokens: int, rounds: int) -> Measured:
         unseen = over_plain(bench, stores["memory"], tokens, rounds)
     seconds = {name: median(values) for name, values in runs.items()}
     sooner, over_limit = ratios(runs, "cold", inverted=True), ratios(runs, "limit")
-    return Measured(name, seconds, sooner, over_limit, decided, *unseen)
+    return Measured(title, seconds, sooner, over_limit, decided, *unseen)
 
 
 def prompts_of(bench: Bench, tokens: int, rounds: int) -> Iterator[Iterator[torch.Tensor]]:
@@ -171,7 +171,7 @@ def timed(bench: Bench, ids: torch.Tensor, cache: Any, times: TokenTimes) -> flo
 
 def section(found: list[Measured], digests: list[float], codecs: list[str]) -> str:
     """The figures as they stand in docs/benchmarks.md."""
-    columns = ["", *(each.name for each in found)]
+    columns = ["", *(each.title for each in found)]
     restored, ways = ["limit", *TIERS, "deepcopy"], [*TIERS, "deepcopy"]
     rest = [
         ["cold first token, ms", *(f"{1e3 * each.seconds['cold']:.0f}" for each in found)],
