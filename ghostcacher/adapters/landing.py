@@ -103,6 +103,7 @@ class Landing:
 
     def commit(self, columns: int) -> None:
         """Let the layers show the first ``columns`` columns. Nothing before this call changes what they show."""
+        self.settle()
         shown: dict[int, dict[str, _Buffer]] = {}
         for slab in self._slabs:
             for place, buffer in zip(slab.members, slab.buffers, strict=True):

@@ -128,13 +128,15 @@ class BnbInt8Codec(_Bnb):
     values_per_byte: ClassVar[int] = 1
 
     def _quantized(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, state = _bitsandbytes().quantize_blockwise(values, blocksize=BLOCK_VALUES)
+        with torch.device("cpu"):  # bitsandbytes keeps the map that it makes first
+            codes, state = _bitsandbytes().quantize_blockwise(values, blocksize=BLOCK_VALUES)
         return codes, state.absmax
 
     def _restored(self, codes: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
-        numbers = _bitsandbytes().create_dynamic_map()
+        with torch.device("cpu"):  # bitsandbytes makes its map on whatever is the default
+            numbers = torch.as_tensor(_bitsandbytes().create_dynamic_map())
         blocks = codes.view(-1, BLOCK_VALUES)
-        return (torch.as_tensor(numbers)[blocks.long()] * absmax.view(-1, 1)).view(count)
+        return (numbers[blocks.long()] * absmax.view(-1, 1)).view(count)
 
 
 @cache

@@ -71,7 +71,7 @@ class PlaneCodec:
         exponents = [planes[run, :, -1].contiguous().view(-1) for run in runs(*integers.shape)]
         frames = [compress(run.numpy().data) for run in exponents]
         return {
-            f"{group.name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32),
+            f"{group.name}.sizes": torch.tensor([len(frame) for frame in frames], dtype=torch.int32, device="cpu"),
             f"{group.name}.frames": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8),
             f"{group.name}.noise": planes[..., :-1].transpose(1, 2).contiguous(),
         }

@@ -177,7 +177,7 @@ def _assembled(
     for each in fields:
         count = each.size_bytes // ITEM_BYTES[each.dtype]
         dtype = _TORCH_DTYPES[each.dtype]
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else fresh((0,), dtype)
         parts[each.name] = flat.view(each.shape)
         offset += each.size_bytes
     tensors = tuple(codec.decode(group, Piece.of(key), parts, room) for group in layout.groups_of(key))

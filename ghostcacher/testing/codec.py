@@ -28,8 +28,9 @@ def block(tokens: int = 128, *, dtype: torch.dtype = torch.float32, seed: int = 
     )
     layout = KVLayout(tuple(LayerSpec("full", specs) for _ in range(3)))
     chain = PrefixChain.of(list(range(tokens)), Namespace(bytes(32)), max(16, tokens))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = tuple(torch.randn(group.shape(tokens), generator=generator).to(dtype) for group in layout.groups)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shapes = [group.shape(tokens) for group in layout.groups]
+    tensors = tuple(torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
     return KVBlock(chain.tail(tokens), layout, tensors)
 
 
@@ -90,6 +91,20 @@ class CodecContract:
         assert back.lossy == codec.lossy
         if not codec.lossy:
             assert all(torch.equal(a, b) for a, b in zip(back.tensors, given.tensors, strict=True))
+
+    @pytest.mark.parametrize("tokens", [5, 64, 130])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_device_users_make_their_default_changes_nothing(
+        self, codec: TensorCodec, tokens: int, dtype: torch.dtype
+    ) -> None:
+        given = block(tokens, dtype=dtype)
+        blob = b"".join(CodecChain(codec).encode(given))
+        plain = decode_blob(bytearray(blob), given.key, given.layout, find=self.find)
+        with torch.device("meta"):  # where nothing can be read
+            again = b"".join(CodecChain(codec).encode(given))
+            back = decode_blob(bytearray(blob), given.key, given.layout, find=self.find)
+        assert again == blob
+        assert all(torch.equal(a, b) for a, b in zip(back.tensors, plain.tensors, strict=True))
 
 
 def inputs(kind: str, shape: tuple[int, ...]) -> torch.Tensor:

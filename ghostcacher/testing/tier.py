@@ -24,11 +24,15 @@ def chain_of(tokens: int, first: int = 0) -> PrefixChain:
 
 def blocks_of(chain: PrefixChain, seed: int = 0) -> list[KVBlock]:
     """Random blocks for a whole chain."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return [
-        KVBlock(key, LAYOUT, tuple(torch.randn(g.shape(key.length), generator=generator) for g in LAYOUT.groups))
+        KVBlock(key, LAYOUT, tuple(_random(g.shape(key.length), generator) for g in LAYOUT.groups))
         for key in chain.covering(0, len(chain))
     ]
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 class TierContract:

@@ -319,7 +319,9 @@ def test_certificates_that_are_none_make_a_header_none(certificate):
 
 
 def test_tokens_that_stand_for_images_cannot_be_run_again(models):
-    guard = Guard(models("llama"), hooks_of(models("llama")).adapter.shape)
+    adapter = hooks_of(models("llama")).adapter
+    adapter.prepare(models("llama"))
+    guard = Guard(models("llama"), adapter.shape)
     ids = PROMPT[0].tolist()
     assert guard.trial(PrefixChain.of(ids, Namespace(bytes(32)), 64), 200) is not None
     assert guard.trial(PrefixChain.of([*ids[:5], 2**30, *ids[6:]], Namespace(bytes(32)), 64), 200) is None
