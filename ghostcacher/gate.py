@@ -21,6 +21,9 @@ RETRY_SECONDS = 15.0
 GRACE_SECONDS = 0.05
 """Loading may be estimated to take so much longer than computing: less is not worth a wrong estimate."""
 
+GRACE_SHARE = 0.25
+"""But no longer than this share of computing: a GPU prefills a thousand tokens in less than `GRACE_SECONDS`."""
+
 LEAST_WAIT_SECONDS = 0.5
 """No fetch is given up earlier, however quickly its tokens are computed."""
 
@@ -93,10 +96,11 @@ def worth_tokens(legs: Sequence[Leg], prompt_tokens: int, prefill: Line) -> int:
     cold = prefill.seconds(prompt_tokens)
     if cold is None:
         return legs[-1].end_tokens if legs else 0
+    grace_seconds = min(GRACE_SECONDS, GRACE_SHARE * cold)
     best_tokens, best_seconds, loading = 0, cold, 0.0
     for leg in legs:
         loading += leg.seconds or 0.0
         rest = prefill.seconds(prompt_tokens - leg.end_tokens) or 0.0
-        if loading + rest <= best_seconds + (0.0 if best_tokens else GRACE_SECONDS):
+        if loading + rest <= best_seconds + (0.0 if best_tokens else grace_seconds):
             best_tokens, best_seconds = leg.end_tokens, loading + rest
     return best_tokens

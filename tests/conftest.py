@@ -66,6 +66,7 @@ def _patient_gate(request, monkeypatch):
     """A tiny model computes faster than a busy machine reads: what is worth loading is for the tests of that."""
     if request.path.stem not in {"test_gate", "test_worth"}:
         monkeypatch.setattr(gate, "GRACE_SECONDS", 30.0)
+        monkeypatch.setattr(gate, "GRACE_SHARE", float("inf"))
 
 
 @pytest.fixture

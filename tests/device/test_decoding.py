@@ -105,5 +105,5 @@ def test_a_model_on_a_gpu_goes_on_from_what_a_tier_decodes_there(codec, with_log
             found = with_logits(model, prompt, cache)
             assert cache.report.cached_tokens == 199 * turn
             # Of the first token alone: after another one the logits are those of another text.
-            atol = 1e-3 if codec.startswith("raw") else 0.5
+            atol = 1e-3 if codec.startswith("raw") else 0.6 if codec == "int4" else 0.1  # as on a CPU
             torch.testing.assert_close(found[1][0], expected[1][0], atol=atol, rtol=0)

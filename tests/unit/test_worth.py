@@ -81,6 +81,13 @@ def test_a_little_slower_is_loaded_all_the_same():
     assert worth_tokens([Leg("disk", 100, 1, 1.0 + 0.06)], 200, PREFILL) == 0
 
 
+def test_what_is_computed_in_no_time_is_not_loaded_for_twice_as_long():
+    """A GPU's 20 ms: the grace is a quarter of them."""
+    prefill = line((100, 0.01), (200, 0.02))
+    assert worth_tokens([Leg("disk", 100, 1, 0.01 + 0.004)], 200, prefill) == 100
+    assert worth_tokens([Leg("disk", 100, 1, 0.01 + 0.006)], 200, prefill) == 0
+
+
 def test_what_was_measured_long_ago_is_not_known():
     class Clock:
         now = 0.0
