@@ -44,21 +44,20 @@ def staged(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of a plain tensor in the order of its elements, in pieces; each is valid until the next but one."""
+    """The bytes of a plain tensor in the order of its elements, in pieces: each until the next is asked for."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    pieces = torch.split(flat, CHUNK_BYTES)
-    rooms = [_pinned(piece) for piece in pieces[:2]] if _is_worth_it(flat, flat.device) else []
-    if not rooms or any(room is None for room in rooms):
+    rooms = _two_rooms(flat)
+    if not rooms:
         yield flat.cpu().numpy().data
         return
-    ready: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-    for number, piece in enumerate(pieces):
-        room = rooms[number % 2][: len(piece)]  # type: ignore[index]  # none is None
+    under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+    for number, piece in enumerate(torch.split(flat, CHUNK_BYTES)):
+        room = rooms[number % 2][: len(piece)]
         room.copy_(piece, non_blocking=True)
-        ready.append((room, torch.cuda.current_stream(flat.device).record_event()))
-        if len(ready) > 1:
-            yield _arrived(*ready.popleft())
-    yield _arrived(*ready.popleft())
+        under_way.append((room, torch.cuda.current_stream(flat.device).record_event()))
+        if len(under_way) > 1:
+            yield _arrived(*under_way.popleft())
+    yield _arrived(*under_way.popleft())
 
 
 def queued(devices: Iterable[torch.device]) -> Callable[[], None]:
@@ -120,6 +119,15 @@ def _arrived(room: torch.Tensor, event: torch.cuda.Event) -> memoryview:
     event.synchronize()
     view: memoryview = room.numpy().data
     return view
+
+
+def _two_rooms(flat: torch.Tensor) -> list[torch.Tensor]:
+    """Pinned memory for two pieces of ``flat``, one of which is read while the other arrives; none in RAM."""
+    if not _is_worth_it(flat, flat.device):
+        return []
+    rooms = [_pinned(flat[:CHUNK_BYTES]) for _ in range(2)]
+    found = [room for room in rooms if room is not None]
+    return found if len(found) == len(rooms) else []
 
 
 def _is_worth_it(tensor: torch.Tensor, gpu: torch.device) -> bool:

@@ -14,6 +14,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
 
 from ghostcacher.codecs.classes import Classes
 from ghostcacher.codecs.entropy import compress, decompress
@@ -144,6 +145,8 @@ class SymbolCoder:
     def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
         """Symbols of one run, ``[rows, columns]``, and what was added to all its codes."""
         rows = (run.stop - run.start) * self.rows
+        if len(frames) == 1 and frames[0][1] == 1:
+            return _as_they_are(frames[0][0], rows * self.columns).view(rows, self.columns), MOST_ADDED
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
         if len(frames) == 1:
             [(frame, width)] = frames
@@ -206,6 +209,11 @@ def _frame(run: _Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width:
     for number in range(1, width):
         packed |= parts[:, number] << (8 // width * number)
     return _Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
+
+
+def _as_they_are(frame: memoryview, count: int) -> torch.Tensor:
+    """The symbols of a frame with one in each byte, in the memory that they were decompressed to: not to be changed."""
+    return from_dlpack(np.frombuffer(decompress(frame, count), dtype=np.uint8))
 
 
 def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor) -> None:

@@ -78,6 +78,57 @@ def test_a_digest_is_the_same_on_every_device(values, memory, small_chunks):
     assert full_digest({"weight": tensor.cuda()}) == full_digest({"weight": tensor})
 
 
+class Stream:
+    """A GPU's, without one: what is copied has arrived when the event was waited for, and not before."""
+
+    def __init__(self, monkeypatch):
+        self.copies = []
+        monkeypatch.setattr(transfers, "_is_worth_it", lambda tensor, gpu: tensor.nbytes > 0)
+        monkeypatch.setattr(transfers, "_pinned", lambda like: Late(like, self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+
+    def record_event(self):
+        return Event(self.copies[-1])
+
+
+class Late:
+    def __init__(self, like, stream):
+        self.memory, self.stream = torch.zeros_like(like), stream
+
+    def __getitem__(self, cut):
+        return Late.of(self.memory[cut], self.stream)
+
+    @classmethod
+    def of(cls, memory, stream):
+        made = cls.__new__(cls)
+        made.memory, made.stream = memory, stream
+        return made
+
+    def copy_(self, piece, *, non_blocking):
+        self.stream.copies.append((self.memory, piece))
+
+    def numpy(self):
+        return self.memory.numpy()
+
+
+class Event:
+    def __init__(self, copy):
+        self.copy = copy
+
+    def synchronize(self):
+        memory, piece = self.copy
+        memory.copy_(piece)
+
+
+@pytest.mark.parametrize("values", [0, 5, LEAST_BYTES // 2, LEAST_BYTES + 1, 2 * LEAST_BYTES, 7 * LEAST_BYTES // 2 + 3])
+def test_pieces_are_waited_for_and_make_the_whole(values, small_chunks, monkeypatch):
+    tensor = tensor_of(values)
+    Stream(monkeypatch)
+    found = [bytes(chunk) for chunk in chunks(tensor)]
+    assert b"".join(found) == tensor.numpy().tobytes()
+    assert len(found) == max(1, -(-tensor.nbytes // small_chunks))
+
+
 @ON_A_GPU
 def test_no_more_than_a_few_copies_wait():
     sending = Sending()

@@ -32,8 +32,10 @@ import sys, torch, warnings
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 import ghostcacher
+from ghostcacher import gate
 from ghostcacher.testing.models import random_prompt, tiny_model
 from ghostcacher.adapters.calls import CallReader
+gate.GRACE_SECONDS, gate.GRACE_SHARE = 30.0, float("inf")
 model = tiny_model("llama")
 name = CallReader(model).cache_name
 with ghostcacher.open_store(sys.argv[1], memory=None, block_tokens=16) as store:

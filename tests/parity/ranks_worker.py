@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import ghostcacher
-from ghostcacher import GhostCache
+from ghostcacher import GhostCache, gate
 from ghostcacher.path import Path
 from ghostcacher.testing.models import random_prompt
 
@@ -20,6 +20,7 @@ MODEL, FOLDER = sys.argv[1:3]
 PROMPT, OTHER = random_prompt(200, seed=4), random_prompt(150, seed=5)
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
 results = {}
+gate.GRACE_SECONDS, gate.GRACE_SHARE = 30.0, float("inf")  # as tests/conftest.py sets it
 
 
 def opened(name, **given):

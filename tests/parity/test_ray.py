@@ -23,8 +23,10 @@ def loader():
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
+        from ghostcacher import gate
         from ghostcacher.testing.models import tiny_model
 
+        gate.GRACE_SECONDS, gate.GRACE_SHARE = 30.0, float("inf")  # as tests/conftest.py sets it
         torch.set_num_threads(1)
         words = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token=" "))
         words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
