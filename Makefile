@@ -33,7 +33,7 @@ reliability: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Puts each of some sixty defects into a copy of the package, and sees that a named test fails (8 minutes).
+# Puts each of some seventy defects into a copy of the package, and sees that a named test fails (8 minutes).
 defects: $(VENV)/.dev
 	$(BIN)/python -m tests.defects
 

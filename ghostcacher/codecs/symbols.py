@@ -44,16 +44,27 @@ def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]`` U8 with something ``added``, and outliers."""
+    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]`` U8 with something ``added``, and outliers.
+
+    ``symbols`` that are ``lent`` lie in memory that must not be changed.
+    """
 
     layers: slice
     symbols: torch.Tensor
     added: int
     outliers: Outliers
+    lent: bool = False
 
     def in_int8(self) -> tuple[torch.Tensor, Outliers]:
-        """What int8 holds of each code, and of those that are larger the rest, in units of 256. Changes ``symbols``."""
-        small, codes = self.symbols.sub_(self.added).view(torch.int8), self.outliers.codes.astype(np.int64)
+        """What int8 holds of each code, and of those that are larger the rest, in units of 256.
+
+        Changes ``symbols`` that are not lent.
+        """
+        own = torch.empty_like(self.symbols) if self.lent else self.symbols
+        small, codes = (
+            torch.sub(self.symbols, self.added, out=own).view(torch.int8),
+            self.outliers.codes.astype(np.int64),
+        )
         lowest = codes.astype(np.int8)
         small.view(-1).numpy()[self.outliers.places] = lowest
         rest = Outliers(self.outliers.places, ((codes - lowest) // 256).astype(np.float32))
@@ -140,13 +151,13 @@ class SymbolCoder:
         outliers = unpacked(parts[f"{self.name}.outlier_planes"].numpy().data, counts, codes)
         for run, own, found in zip(several, widths, outliers, strict=True):
             symbols, added = self._unpacked([(next(frames), width) for width in own], run)
-            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found)
+            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found, lent=own == [1])
 
     def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
         """Symbols of one run, ``[rows, columns]``, and what was added to all its codes."""
         rows = (run.stop - run.start) * self.rows
-        if len(frames) == 1 and frames[0][1] == 1:
-            return _as_they_are(frames[0][0], rows * self.columns).view(rows, self.columns), MOST_ADDED
+        if [width for _, width in frames] == [1]:
+            return _lent(decompress(frames[0][0], rows * self.columns)), _ADDED[1]
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
         if len(frames) == 1:
             [(frame, width)] = frames
@@ -211,9 +222,14 @@ def _frame(run: _Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width:
     return _Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
 
 
-def _as_they_are(frame: memoryview, count: int) -> torch.Tensor:
-    """The symbols of a frame with one in each byte, in the memory that they were decompressed to: not to be changed."""
-    return from_dlpack(np.frombuffer(decompress(frame, count), dtype=np.uint8))
+def _lent(symbols: bytes) -> torch.Tensor:
+    """The memory of ``symbols`` itself, not to be changed; a copy where NumPy does not lend such (before 2.1)."""
+    bytes_of = np.frombuffer(symbols, dtype=np.uint8)
+    try:
+        found: torch.Tensor = from_dlpack(bytes_of)
+    except BufferError:
+        found = torch.from_numpy(bytes_of.copy())
+    return found
 
 
 def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor) -> None:

@@ -17,6 +17,18 @@ class Defect:
 
 
 DEFECTS = (
+    Defect("change symbols that are lent", "codecs/symbols.py",
+           "own = torch.empty_like(self.symbols) if self.lent else self.symbols", "own = self.symbols",
+           "tests/unit/test_entropy_codecs.py -k one_code_a_byte"),
+    Defect("a grace of 50 ms before a GPU", "gate.py",
+           "grace_seconds = min(GRACE_SECONDS, GRACE_SHARE * cold)", "grace_seconds = GRACE_SECONDS",
+           "tests/unit/test_worth.py -k no_time"),
+    Defect("empty fields on the default device", "codecs/safetensors_format.py",
+           "if count else fresh((0,), dtype)", "if count else torch.empty(0, dtype=dtype)",
+           "tests/contracts/test_contracts.py -k EntropyCodec"),
+    Defect("a piece of a GPU's bytes that was not waited for", "transfers.py",
+           "    event.synchronize()\n    view: memoryview", "    view: memoryview",
+           "tests/device/test_transfers.py -k pieces"),
     Defect("skip the digest", "codecs/safetensors_format.py", "    check_digest(blob)\n    return _assembled",
            "    return _assembled", "tests/faults/test_blobs.py -k hundred_thousand"),
     Defect("skip the key echo", "codecs/safetensors_format.py",

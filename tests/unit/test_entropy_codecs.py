@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, Rotation, TensorGroup, TensorSpec
-from ghostcacher.codecs import entropy
+from ghostcacher.codecs import entropy, symbols
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.classes import Classes, one_class
 from ghostcacher.codecs.ec import EntropyCodec
@@ -356,6 +356,37 @@ def test_codes_a_byte_that_pack_does_not_write_are_refused(width, place):
     if (width, place) != (0, 1):
         with pytest.raises(BlockError, match="frame"):
             list(coder.unpack(parts))
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_a_frame_of_one_code_a_byte_is_read_in_its_own_memory_and_never_changed(lends, monkeypatch):
+    codes = torch.randint(-100, 101, (2, 1, 512), generator=torch.Generator().manual_seed(0)).float()
+    coder = SymbolCoder("x", 2, 1, 512, one_class(2))
+    parts, decompressed = coder.pack(codes), []
+    assert parts["x.codes_a_byte"].tolist() == [[1]]
+
+    def noted(*given):
+        decompressed.append(decompress(*given))
+        return decompressed[-1]
+
+    def refusing(_):
+        raise BufferError
+
+    monkeypatch.setattr(symbols, "decompress", noted)
+    if not lends:
+        monkeypatch.setattr(symbols, "from_dlpack", refusing)
+    [found] = coder.unpack(parts)
+    [data] = decompressed
+    before = bytes(bytearray(data))
+    assert (found.symbols.data_ptr() == np.frombuffer(data, dtype=np.uint8).ctypes.data) == lends
+    for _ in range(2):
+        small, rest = found.in_int8()
+        assert not len(rest)
+        assert torch.equal(small.float(), codes)
+    assert data == before
+    room = torch.empty(1024)
+    found.put(room)
+    assert torch.equal(room.view(2, 1, 512) - found.added, codes)
 
 
 @settings(max_examples=60, deadline=None)
