@@ -16,6 +16,9 @@ from ghostcacher.codecs.outliers import Outliers
 WIDTH_LIMIT = 1024
 """Sums of so many products of int8 are exact in fp32 too."""
 
+ROWS_AT_ONCE = 1024
+"""However many outliers a block claims to have, so much of them is in memory, and in the processor's cache."""
+
 
 def product(codes: torch.Tensor, basis: torch.Tensor, into: torch.Tensor) -> None:
     """``codes`` ``[n, w, tokens]`` and ``basis`` ``[n, w, channels]``, int8, ``into`` fp32 ``[n, tokens, channels]``.
@@ -35,29 +38,20 @@ def product(codes: torch.Tensor, basis: torch.Tensor, into: torch.Tensor) -> Non
 def add_outliers(numbers: torch.Tensor, matrices: torch.Tensor, rest: Outliers) -> None:
     """Add 256 times the ``rest`` of codes that int8 does not hold, times ``matrices`` ``[n, w, channels]``.
 
-    ``numbers`` are ``[n, tokens, channels]``. Such codes are in the first rows, of the directions in which state varies
-    most.
+    ``numbers`` are ``[n, tokens, channels]``. Such codes are one in hundreds: each adds its row, and no precision that
+    torch multiplies matrices in rounds that.
     """
     if not len(rest):
         return
-    shape = (*matrices.shape[:2], numbers.shape[1])
-    matrix, row, token = (torch.from_numpy(index) for index in np.unravel_index(rest.places, shape))
-    rows = int(row.max()) + 1
-    codes = torch.zeros((len(matrices), rows, numbers.shape[1]), dtype=torch.int64, device="cpu")
-    codes[matrix, row, token] = torch.from_numpy(rest.codes).long()
-    for place, digits in enumerate(_digits(codes), start=1):
-        given = digits.to(numbers.device).transpose(1, 2)
-        numbers.baddbmm_(given, matrices[:, :rows].float(), alpha=256.0**place)
-
-
-def _digits(codes: torch.Tensor) -> list[torch.Tensor]:
-    """Base 256, from -128 to 127, lowest first: products of them are exact at any precision that torch is set to."""
-    digits = []
-    while bool(codes.any()):
-        lowest = ((codes + 128) & 255) - 128
-        digits.append(lowest.float())
-        codes = (codes - lowest) >> 8
-    return digits
+    (count, width, channels), tokens = matrices.shape, numbers.shape[1]
+    matrix, row, token = np.unravel_index(rest.places, (count, width, tokens))
+    lines, rows = numbers.view(-1, channels), matrices.reshape(-1, channels)
+    which, into = torch.from_numpy(matrix * width + row), torch.from_numpy(matrix * tokens + token)
+    times = torch.from_numpy(rest.codes * np.float32(256))[:, None]
+    for begin in range(0, len(rest), ROWS_AT_ONCE):
+        part = slice(begin, begin + ROWS_AT_ONCE)
+        given, place, code = (each[part].to(numbers.device) for each in (which, into, times))
+        lines.index_add_(0, place, rows.index_select(0, given).float().mul_(code))
 
 
 def _of_int8(rows: torch.Tensor, columns: torch.Tensor, to: torch.Tensor) -> None:

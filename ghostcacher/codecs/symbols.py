@@ -44,9 +44,9 @@ def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]`` U8 with something ``added``, and outliers.
+    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]``, and outliers.
 
-    ``symbols`` that are ``lent`` lie in memory that must not be changed.
+    They are U8 with something ``added``, or int8 without. What is ``lent`` lies in memory that must not be changed.
     """
 
     layers: slice
@@ -60,15 +60,17 @@ class Codes:
 
         Changes ``symbols`` that are not lent.
         """
-        own = torch.empty_like(self.symbols) if self.lent else self.symbols
-        small, codes = (
-            torch.sub(self.symbols, self.added, out=own).view(torch.int8),
-            self.outliers.codes.astype(np.int64),
-        )
+        small, codes = self._small(), self.outliers.codes.astype(np.int64)
         lowest = codes.astype(np.int8)
         small.view(-1).numpy()[self.outliers.places] = lowest
         rest = Outliers(self.outliers.places, ((codes - lowest) // 256).astype(np.float32))
         return small, rest.where(rest.codes != 0)
+
+    def _small(self) -> torch.Tensor:
+        if self.symbols.dtype is torch.int8:
+            return self.symbols
+        own = torch.empty_like(self.symbols) if self.lent else self.symbols
+        return torch.sub(self.symbols, self.added, out=own).view(torch.int8)
 
     def put(self, into: torch.Tensor) -> None:
         """Write them, still with what was ``added``, to fp32 memory of that many."""
@@ -154,7 +156,7 @@ class SymbolCoder:
             yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found, lent=own == [1])
 
     def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
-        """Symbols of one run, ``[rows, columns]``, and what was added to all its codes."""
+        """Symbols of one run, ``[rows, columns]``, and what was added to all its codes; see `Codes`."""
         rows = (run.stop - run.start) * self.rows
         if [width for _, width in frames] == [1]:
             return _lent(decompress(frames[0][0], rows * self.columns)), _ADDED[1]
@@ -165,9 +167,8 @@ class SymbolCoder:
             return symbols, _ADDED[width]
         counts, places = self.classes.sorted(run)
         for (frame, width), part in zip(frames, torch.split(symbols, counts), strict=True):
-            _spread(frame, width, self.apart, part)
-            np.add(part.numpy(), MOST_ADDED - _ADDED[width], out=part.numpy())
-        return symbols.index_select(0, places), MOST_ADDED
+            _spread(frame, width, self.apart, part, less=_ADDED.get(width, 0))
+        return symbols.index_select(0, places).view(torch.int8), 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +233,8 @@ def _lent(symbols: bytes) -> torch.Tensor:
     return found
 
 
-def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor) -> None:
-    """The symbols of one frame into ``into`` ``[rows, columns]`` U8."""
+def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor, *, less: int = 0) -> None:
+    """The symbols of one frame, less something, into ``into`` ``[rows, columns]`` U8."""
     if width == 0 and not len(frame):
         into.zero_()
         return
@@ -246,10 +247,9 @@ def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor) -> No
     for number in range(width):
         part = parts[:, number]
         lowest = np.right_shift(packed, bits * number, out=part) if number else packed
-        if number < width - 1:
-            np.bitwise_and(lowest, 2**bits - 1, out=part)
-    if width == 1:
-        parts[:, 0] = packed
+        lowest = np.bitwise_and(lowest, 2**bits - 1, out=part) if number < width - 1 else lowest
+        if less or lowest is packed:
+            np.subtract(lowest, less, out=part)
 
 
 def _bytes(data: bytes) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ghostcacher.blocks import Rotation
 from ghostcacher.codecs import products
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.kvt import KvtCodec
-from ghostcacher.codecs.products import _digits
+from ghostcacher.codecs.outliers import Outliers
 from ghostcacher.codecs.tables import Table, Tables
 from ghostcacher.errors import BlockError, StoreError
 from ghostcacher.keys import TABLES
@@ -250,15 +250,17 @@ def test_forged_parts_are_refused_or_have_the_right_shape(data):
     assert reason == "frame" or found.shape == tensor.shape
 
 
-@given(st.lists(st.integers(-(2**31), 2**31), min_size=1))
-def test_codes_are_the_sum_of_their_digits(codes):
-    """Of eight bits each: no precision that torch may multiply in rounds them."""
-    digits = _digits(torch.tensor(codes))
-    assert all(-128 <= digit <= 127 for each in digits for digit in each)
-    whole = torch.zeros(len(codes), dtype=torch.float64)
-    for place, each in enumerate(digits):
-        whole += 256.0**place * each
-    assert whole.tolist() == codes
+@pytest.mark.parametrize("count", [1, 1000, 5000])
+def test_as_many_outliers_as_there_are_are_added(count, monkeypatch):
+    """More than go at once, several to a token, and all codes of a block."""
+    generator = torch.Generator().manual_seed(count)
+    basis = torch.randint(-127, 128, (2, 25, 25), generator=generator).to(torch.int8)
+    places = torch.randperm(2 * 25 * 100, generator=generator)[:count].sort().values
+    codes = torch.zeros(2 * 25 * 100).index_fill_(0, places, 1.0) * torch.randint(-9, 10, (5000,), generator=generator)
+    sums = torch.randint(-999, 999, (2, 100, 25), generator=generator).float()
+    wanted = sums.double() + 256 * torch.einsum("nwt,nwc->ntc", codes.view(2, 25, 100).double(), basis.double())
+    products.add_outliers(sums, basis, Outliers(places.numpy(), codes[places].numpy()))
+    assert torch.equal(sums.double(), wanted)
 
 
 def test_classes_at_exact_borders_follow_the_format():
