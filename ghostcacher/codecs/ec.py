@@ -19,6 +19,7 @@ from ghostcacher.blocks import KVLayout, Rotation, TensorGroup
 from ghostcacher.codecs.base import Piece, Room, fresh
 from ghostcacher.codecs.classes import one_class
 from ghostcacher.codecs.entropy import require
+from ghostcacher.codecs.frames import MOST_ADDED
 from ghostcacher.codecs.grouping import (
     by_channel,
     check_finite,
@@ -33,7 +34,7 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.heads import Heads, Lines
-from ghostcacher.codecs.symbols import MOST_ADDED, SymbolCoder
+from ghostcacher.codecs.symbols import SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
 STEP_RANGE = (0.01, 8.0)

@@ -1,8 +1,8 @@
 """Integer codes to bytes: rows of like spread share a zstd frame, small codes share a byte.
 
 Codes come as ``[layers, rows, columns]``. Layers are coded in runs (see `runs`): a run is what is unpacked at once. In
-a run, the rows of one class make one frame, with a Huffman table that fits them. A byte holds 1, 2 or 4 codes, whatever
-makes that frame smallest: without it no code could take less than a bit. Codes that do not fit are `outliers`.
+a run, the rows of one class make one of the `frames`, with a Huffman table that fits them. Codes that do not fit are
+`outliers`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,17 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.dlpack import from_dlpack
 
 from ghostcacher.codecs.classes import Classes
-from ghostcacher.codecs.entropy import compress, decompress
+from ghostcacher.codecs.frames import ADDED, MOST_ADDED, Frame, Run, lent, smallest, spread
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
 from ghostcacher.transfers import on_device
 
 RUN_VALUES = 2**20
-WIDTHS = (1, 2, 4)
 CODE_LIMIT = 2**24
 PLACES_LIMIT = 2**31
-MOST_ADDED = 128
-"""A symbol is its code plus that, or plus less."""
-
-_ADDED = {0: 0, 1: MOST_ADDED, 2: 8, 4: 2}
-_OUTLIER_BYTES = 2
-_OUTLIERS_SHARE = 0.02
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -46,19 +37,19 @@ def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
 class Codes:
     """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]``, and outliers.
 
-    They are U8 with something ``added``, or int8 without. What is ``lent`` lies in memory that must not be changed.
+    They are U8 with something ``added``, or int8 without. If ``is_lent``, they lie in memory that must not be changed.
     """
 
     layers: slice
     symbols: torch.Tensor
     added: int
     outliers: Outliers
-    lent: bool = False
+    is_lent: bool = False
 
     def in_int8(self) -> tuple[torch.Tensor, Outliers]:
         """What int8 holds of each code, and of those that are larger the rest, in units of 256.
 
-        Changes ``symbols`` that are not lent.
+        Changes ``symbols`` unless they are lent.
         """
         small, codes = self._small(), self.outliers.codes.astype(np.int64)
         lowest = codes.astype(np.int8)
@@ -69,7 +60,7 @@ class Codes:
     def _small(self) -> torch.Tensor:
         if self.symbols.dtype is torch.int8:
             return self.symbols
-        own = torch.empty_like(self.symbols) if self.lent else self.symbols
+        own = torch.empty_like(self.symbols) if self.is_lent else self.symbols
         return torch.sub(self.symbols, self.added, out=own).view(torch.int8)
 
     def put(self, into: torch.Tensor) -> None:
@@ -118,13 +109,13 @@ class SymbolCoder:
         """
         if self.runs and (self.runs[0].stop * self.rows * self.columns) >= PLACES_LIMIT:
             raise BlockError("geometry", f"{self.name}: {self.rows * self.columns} codes in a layer of one block")
-        frames: list[_Frame] = []
+        frames: list[Frame] = []
         outliers: list[Outliers] = []
         for run in self.runs:
             rows = codes[run].reshape(-1, self.columns)
             small = rows.clamp(-MOST_ADDED, MOST_ADDED - 1).to(torch.int8).cpu().numpy()
-            given = _Run(rows.cpu().numpy(), small, self.apart)
-            own = [_smallest(given, chosen.numpy()) for chosen in self.classes.chosen(run)]
+            given = Run(rows.cpu().numpy(), small, self.apart)
+            own = [smallest(given, chosen.numpy()) for chosen in self.classes.chosen(run)]
             frames += own
             outliers.append(Outliers.of([frame.outliers for frame in own]))
         shape, name = (-1, self.classes.count), self.name
@@ -153,103 +144,22 @@ class SymbolCoder:
         outliers = unpacked(parts[f"{self.name}.outlier_planes"].numpy().data, counts, codes)
         for run, own, found in zip(several, widths, outliers, strict=True):
             symbols, added = self._unpacked([(next(frames), width) for width in own], run)
-            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found, lent=own == [1])
+            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found, is_lent=own == [1])
 
     def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
         """Symbols of one run, ``[rows, columns]``, and what was added to all its codes; see `Codes`."""
         rows = (run.stop - run.start) * self.rows
         if [width for _, width in frames] == [1]:
-            return _lent(decompress(frames[0][0], rows * self.columns)), _ADDED[1]
+            return lent(frames[0][0], rows * self.columns).view(rows, self.columns), ADDED[1]
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
         if len(frames) == 1:
             [(frame, width)] = frames
-            _spread(frame, width, self.apart, symbols)
-            return symbols, _ADDED[width]
+            spread(frame, width, self.apart, symbols)
+            return symbols, ADDED[width]
         counts, places = self.classes.sorted(run)
         for (frame, width), part in zip(frames, torch.split(symbols, counts), strict=True):
-            _spread(frame, width, self.apart, part, less=_ADDED.get(width, 0))
+            spread(frame, width, self.apart, part, less=ADDED.get(width, 0))
         return symbols.index_select(0, places).view(torch.int8), 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """``codes`` ``[rows, columns]``, and those nearest to them in int8."""
-
-    codes: NDArray[np.float32]
-    small: NDArray[np.int8]
-    apart: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """One class of one run; places of ``outliers`` are within the run."""
-
-    data: bytes
-    width: int
-    outliers: Outliers
-
-    @property
-    def cost_bytes(self) -> int:
-        return len(self.data) + _OUTLIER_BYTES * len(self.outliers)
-
-
-def _smallest(run: _Run, chosen: NDArray[np.int64]) -> _Frame:
-    """The frame of the rows ``chosen`` of ``run``; none if all their codes are 0."""
-    small = run.small[chosen] if len(chosen) < len(run.small) else run.small
-    if not small.any():
-        return _Frame(b"", 0, Outliers.none())
-    frames = [frame for width in WIDTHS if (frame := _frame(run, chosen, small, width)) is not None]
-    return min(frames, key=lambda frame: frame.cost_bytes)
-
-
-def _frame(run: _Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width: int) -> _Frame | None:
-    added = _ADDED[width]
-    # Codes below the range wrap to its other side: one comparison finds both.
-    symbols = small.view(np.uint8) + np.uint8(added)
-    beyond = symbols >= 2 * added if width > 1 else (small == -added) | (small == added - 1)
-    if width > 1 and np.count_nonzero(beyond) > small.size * _OUTLIERS_SHARE:
-        return None
-    at = np.flatnonzero(beyond)
-    row, column = np.divmod(at, small.shape[1])
-    places = chosen[row] * small.shape[1] + column
-    codes = run.codes.reshape(-1)[places]
-    is_out = (codes < -added) | (codes >= added)
-    # An outlier is 0 here, which costs least.
-    symbols.reshape(-1)[at[is_out]] = added
-    parts = symbols.reshape(-1, width, run.apart or symbols.size // width)
-    packed = parts[:, 0].copy()
-    for number in range(1, width):
-        packed |= parts[:, number] << (8 // width * number)
-    return _Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
-
-
-def _lent(symbols: bytes) -> torch.Tensor:
-    """The memory of ``symbols`` itself, not to be changed; a copy where NumPy does not lend such (before 2.1)."""
-    bytes_of = np.frombuffer(symbols, dtype=np.uint8)
-    try:
-        found: torch.Tensor = from_dlpack(bytes_of)
-    except BufferError:
-        found = torch.from_numpy(bytes_of.copy())
-    return found
-
-
-def _spread(frame: memoryview, width: int, apart: int, into: torch.Tensor, *, less: int = 0) -> None:
-    """The symbols of one frame, less something, into ``into`` ``[rows, columns]`` U8."""
-    if width == 0 and not len(frame):
-        into.zero_()
-        return
-    if width not in WIDTHS or into.numel() % (width * max(apart, 1)) or not into.numel():
-        raise BlockError("frame", f"{width} codes in a byte")
-    # In NumPy: torch would copy bytes that it must not write to.
-    packed = np.frombuffer(decompress(frame, into.numel() // width), dtype=np.uint8)
-    parts: NDArray[np.uint8] = into.numpy().reshape(-1, width, apart or len(packed))
-    packed, bits = packed.reshape(-1, parts.shape[2]), 8 // width
-    for number in range(width):
-        part = parts[:, number]
-        lowest = np.right_shift(packed, bits * number, out=part) if number else packed
-        lowest = np.bitwise_and(lowest, 2**bits - 1, out=part) if number < width - 1 else lowest
-        if less or lowest is packed:
-            np.subtract(lowest, less, out=part)
 
 
 def _bytes(data: bytes) -> torch.Tensor:

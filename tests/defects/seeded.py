@@ -18,7 +18,7 @@ class Defect:
 
 DEFECTS = (
     Defect("change symbols that are lent", "codecs/symbols.py",
-           "own = torch.empty_like(self.symbols) if self.lent else self.symbols", "own = self.symbols",
+           "own = torch.empty_like(self.symbols) if self.is_lent else self.symbols", "own = self.symbols",
            "tests/unit/test_entropy_codecs.py -k one_code_a_byte"),
     Defect("a grace of 50 ms before a GPU", "gate.py",
            "grace_seconds = min(GRACE_SECONDS, GRACE_SHARE * cold)", "grace_seconds = GRACE_SECONDS",

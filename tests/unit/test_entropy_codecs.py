@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostcacher.blocks import TOKENS, KVBlock, KVLayout, Rotation, TensorGroup, TensorSpec
-from ghostcacher.codecs import entropy, symbols
+from ghostcacher.codecs import entropy, frames
 from ghostcacher.codecs.base import Piece
 from ghostcacher.codecs.classes import Classes, one_class
 from ghostcacher.codecs.ec import EntropyCodec
@@ -372,9 +372,9 @@ def test_a_frame_of_one_code_a_byte_is_read_in_its_own_memory_and_never_changed(
     def refusing(_):
         raise BufferError
 
-    monkeypatch.setattr(symbols, "decompress", noted)
+    monkeypatch.setattr(frames, "decompress", noted)
     if not lends:
-        monkeypatch.setattr(symbols, "from_dlpack", refusing)
+        monkeypatch.setattr(frames, "from_dlpack", refusing)
     [found] = coder.unpack(parts)
     [data] = decompressed
     before = bytes(bytearray(data))
