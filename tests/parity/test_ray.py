@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
 TEXT = "".join(chr(97 + number * number % 26) for number in range(400))
 
 
-def loader():
-    """Made here so that Ray sends it by value: its workers do not import the tests."""
+def loader(*, is_patient=True):
+    """Made here so that Ray sends it by value: its workers do not import the tests, nor what tests/conftest.py sets."""
 
     def load():
         import torch
@@ -26,7 +26,8 @@ def loader():
         from ghostcacher import gate
         from ghostcacher.testing.models import tiny_model
 
-        gate.GRACE_SECONDS, gate.GRACE_SHARE = 30.0, float("inf")  # as tests/conftest.py sets it
+        if is_patient:
+            gate.GRACE_SECONDS, gate.GRACE_SHARE = 30.0, float("inf")
         torch.set_num_threads(1)
         words = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token=" "))
         words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -49,7 +50,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def expected():
     """What a cold model answers, by prompt."""
-    model, tokenizer = loader()()
+    model, tokenizer = loader(is_patient=False)()
 
     def answer(prompt, new=4):
         given = tokenizer(prompt, return_tensors="pt")
