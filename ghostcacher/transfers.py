@@ -1,7 +1,7 @@
 """Copies between RAM and GPUs, and waiting for what streams have been told to do.
 
-Copies go through pinned memory: from pageable memory they take six times as long. torch keeps what was used of it for
-what is copied next. Where none can be had, copies are as ever.
+Copies go through pinned memory: the driver itself copies pageable memory to such, piece by piece, and lets the stream
+wait for it. torch keeps what was used of it for what is copied next. Where none can be had, copies are as ever.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Sending:
 
 def _event() -> torch.cuda.Event:
     """One that is waited for asleep: the processor is others' meanwhile."""
-    event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no types here
+    event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch leaves its constructor without annotations
     return event
 
 

@@ -37,6 +37,13 @@ def pytest_configure(config):
         torch.backends.cudnn.allow_tf32 = False  # an image alone is what it is among others, and in any batch
 
 
+@pytest.fixture
+def gpu():
+    """A GPU, or no such test: aloud. `.ci/run` has none; `python -m pytest tests/device` where there is one."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+
+
 @pytest.fixture(scope="session")
 def in_another_process():
     """A script run by an interpreter of its own, which finds the package: what it ended with and said."""

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 READER_THREADS = 4
-"""At most; no more than there are processors. More of them wait for Python's lock, and for torch's own threads."""
+"""At most; no more than there are processors. They share Python's lock, and torch's own threads."""
 
 _Item = TypeVar("_Item")
 

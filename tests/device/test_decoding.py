@@ -23,7 +23,6 @@ from ghostcacher.testing.models import random_prompt, tiny_model
 
 ROTATION = Rotation((1.0, 0.3, 0.1))
 DTYPES = ("float32", "bfloat16", "float16")
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 def kvt():
@@ -62,7 +61,7 @@ def test_what_is_computed_is_computed_where_the_room_is(codec, name, dtype, toke
     assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("tokens", [64, 130, 576])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["keys", "values"])
@@ -81,7 +80,7 @@ def test_a_gpu_codes_and_decodes_as_the_cpu_does(codec, name, dtype, tokens):
     assert (again - tensor).abs().max() <= 1.1 * (plain - tensor).abs().max() + 1e-4
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_sums_are_whole_numbers_at_any_precision(precision, sums_with_outliers):
     """With "high" a GPU multiplies numbers of eleven bits."""
@@ -94,7 +93,7 @@ def test_sums_are_whole_numbers_at_any_precision(precision, sums_with_outliers):
     assert torch.equal(found, wanted)
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("codec", ["raw", "raw.z", "bf16", "int8", "int4", "ec(0.02)"])
 def test_a_model_on_a_gpu_goes_on_from_what_a_tier_decodes_there(codec, with_logits, tmp_path):
     model, prompt = tiny_model("llama").cuda(), random_prompt(200, seed=3).cuda()

@@ -18,7 +18,6 @@ TIERS = [
     {"device": "2GiB", "memory": None, "disk": None}, {"memory": "2GiB", "disk": None}, {"memory": None},
     {"memory": None, "codec": "raw.z"},
 ]  # fmt: skip
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 def tensor_of(values, device=CPU):
@@ -50,7 +49,7 @@ def test_in_ram_nothing_is_copied():
     sending.settle()
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("values", [0, 1, LEAST_BYTES, 3 * LEAST_BYTES + 7])
 def test_there_and_back_again(values, memory):
     tensor = tensor_of(values)
@@ -60,14 +59,14 @@ def test_there_and_back_again(values, memory):
     assert torch.equal(back, tensor)
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 def test_what_is_strided_arrives_packed(memory):
     wide = tensor_of(8 * LEAST_BYTES).view(8, 4, -1)
     assert torch.equal(in_ram(on_device(wide[2:7, :, 5:-3], CUDA)), wide[2:7, :, 5:-3])
     assert torch.equal(in_ram(wide.cuda()[:, 1:3].transpose(0, 1)), wide[:, 1:3].transpose(0, 1))
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("values", [0, 5, LEAST_BYTES // 2, LEAST_BYTES + 1, 2 * LEAST_BYTES, 7 * LEAST_BYTES // 2 + 3])
 def test_a_digest_is_the_same_on_every_device(values, memory, small_chunks):
     tensor = tensor_of(values)
@@ -129,7 +128,7 @@ def test_pieces_are_waited_for_and_make_the_whole(values, small_chunks, monkeypa
     assert len(found) == max(1, -(-tensor.nbytes // small_chunks))
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 def test_no_more_than_a_few_copies_wait():
     sending = Sending()
     for _ in range(3 * transfers.UNDER_WAY):
@@ -140,7 +139,7 @@ def test_no_more_than_a_few_copies_wait():
     assert not sending._events
 
 
-@ON_A_GPU
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("tier", TIERS)
 def test_streams_of_the_users_own_see_whole_state(tier, with_logits, tmp_path, memory):
     """Readers fill on their threads' streams, the model runs on another: nothing may run before it has arrived."""
