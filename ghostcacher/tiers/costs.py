@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from math import fsum
 
 from ghostcacher.codecs.planes import PlaneCodec
 from ghostcacher.codecs.raw import RawCodec
@@ -47,14 +48,17 @@ class Costs:
         on. None if that of any block is not known. May read the store.
         """
         calibrated = lru_cache(None)(self._calibrated)
-        total, tokens = 0.0, 0
+        costs: list[float] = []
+        tokens = 0
         for entry in index.entries():
             if entry.codec and not entry.key.is_snapshot:
                 kl = _cost(entry, index, all_indexes, calibrated)
                 if kl is None:
                     return None
-                total, tokens = total + kl * entry.key.length, tokens + entry.key.length
-        return total / tokens if tokens else 0.0
+                costs.append(kl * entry.key.length)
+                tokens += entry.key.length
+        # Blocks arrive in any order, and it must not show in the last digit.
+        return fsum(costs) / tokens if tokens else 0.0
 
     def _calibrated(self, namespace: bytes, codec: str) -> float | None:
         weights = self._weights.get(namespace)

@@ -61,6 +61,8 @@ def test_gradients_change_neither_model_nor_random_state(learned):
 
 
 def test_equal_calibrations_are_equal_assets(learned):
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("a GPU adds gradients up in no fixed order")
     again = calibrate(tiny_model("llama"), TEXTS, **SIZES)
     assert again.tables.digest == learned("llama").tables.digest
     assert again.weights == learned("llama").weights
@@ -184,7 +186,7 @@ def test_layers_of_unequal_reach_are_each_averaged_over_what_they_hold(models, l
             held = layer.values[0].transpose(0, 1).flatten(1)
             sums[number] += (held[4:] if len(held) == 128 else held).mean(0) / len(TEXTS)
     table = learned("gemma2").tables.groups["values"]
-    assert torch.allclose(table.mean, torch.stack(sums), atol=1e-4)
+    assert torch.allclose(table.mean, torch.stack(sums).cpu(), atol=1e-4)
 
 
 def test_changed_weights_have_tables_of_their_own(generate, tmp_path):
