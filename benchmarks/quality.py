@@ -1,6 +1,6 @@
 """What every codec costs on a real model: bits, quality, speed.
 
-python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME] [--text FILE …]
+python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME] [--text FILE …] [--codec NAME …]
 
 Four texts that every Python installation has: reference prose, code, a licence, code that is mostly prose. 1,024 tokens
 coded and 256 scored, with the 135M model of the demo, after calibration on six other windows. About 12 minutes.
@@ -89,6 +89,12 @@ def measure(model: torch.nn.Module, tables: Tables, replays: Sequence[Replay]) -
     return measures
 
 
+def only(model: torch.nn.Module, tables: Tables, replays: Sequence[Replay], names: Sequence[str]) -> str:
+    """The codecs named, without rates, in Markdown."""
+    codecs = [KvtCodec(float(name[4:-1]), tables) if name.startswith("kvt(") else name for name in names]
+    return rows([evaluate(model, codec, replays, is_timed=False) for codec in codecs])
+
+
 def rows(measures: Sequence[Measure]) -> str:
     """The table in Markdown."""
     lines = [
@@ -160,6 +166,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--text", type=Path, nargs="+", help="texts to score in place of the built-in ones")
+    parser.add_argument("--codec", nargs="+", help="print the bits and the quality of these alone")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     loaded = load(chosen.model)
@@ -169,6 +176,9 @@ def main() -> None:
     ids = [source[:, : PREFIX_TOKENS + SCORED_TOKENS] for source in sources]
     page = f"torch {torch.__version__}, transformers {transformers.__version__}, {', '.join(scored)}.\n"
     replays = [Replay.of(loaded.model, text, PREFIX_TOKENS, PREFIX_TOKENS) for text in ids]
+    if chosen.codec:
+        print(only(loaded.model, tables, replays, chosen.codec))
+        return
     short = [Replay.of(loaded.model, text, PREFIX_TOKENS, DEFAULT_BLOCK_TOKENS) for text in ids]
     codecs = (*IN_SHORT_BLOCKS, *(KvtCodec(step, tables) for step in KVT_IN_SHORT_BLOCKS))
     with patch.object(fused, "compile_all", return_value=None):

@@ -31,14 +31,14 @@ _KERNELS: Mapping[tuple[bool, bool], tuple[Callable[..., None], str]] = {
 
 def restored(
     codes: torch.Tensor,
-    minimum: torch.Tensor,
+    near: torch.Tensor,
     step: torch.Tensor,
     into: torch.Tensor,
     *,
     is_keys: bool,
     is_halved: bool,
 ) -> bool:
-    """Code x step + minimum, into the first tokens of ``into`` ``[layers, heads, tokens, channels]``, if it is bf16.
+    """Code x step + near, into the first tokens of ``into`` ``[layers, heads, tokens, channels]``, if it is bf16.
 
     ``codes`` U8 are ``[layers, heads, groups, 64, channels]`` of keys, ``[layers, heads, tokens, groups, channels]`` of
     values, half as many tokens or channels if ``is_halved``; the ends fp32 without the axis that runs through a group.
@@ -50,7 +50,7 @@ def restored(
     out = into.view(torch.int16).flatten(0, 1)
     if not is_keys:
         out = out.view(*out.shape[:2], codes.shape[3], *((2,) if is_halved else ()), codes.shape[4])
-    given = (each.flatten(0, 1).contiguous().numpy() for each in (codes, minimum, step))
+    given = (each.flatten(0, 1).contiguous().numpy() for each in (codes, near, step))
     compiled[is_keys, is_halved](*given, out.numpy().view("uint16"))
     return True
 

@@ -79,7 +79,7 @@ class Int4Codec:
             values[..., :sinks, :] = values[..., sinks : sinks + 1, :] if group.spec.role == "keys" else 0.0
         codes, parts = to_codes(group, values, STEPS)
         low, high = codes.chunk(2, dim=group_axis(group))
-        parts[f"{group.name}.codes"] = (low | high << _BITS).reshape(_packed_shape(group, coded))
+        parts[f"{group.name}.codes"] = low.add(high, alpha=2**_BITS).reshape(_packed_shape(group, coded))
         if sinks:
             parts[f"{group.name}.sinks"] = tensor[..., :sinks, :].to(sink_dtype(group))
             check_finite(group, parts[f"{group.name}.sinks"])
@@ -88,7 +88,7 @@ class Int4Codec:
     def decode(
         self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
     ) -> torch.Tensor:
-        """Code x step + minimum in fp32, then the layout's dtype; sinks and rest as they were."""
+        """Code x step + near in fp32, then the layout's dtype; sinks and rest as they were."""
         coded = _coded(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))

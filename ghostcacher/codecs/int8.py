@@ -57,7 +57,7 @@ class Int8Codec:
     def decode(
         self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
     ) -> torch.Tensor:
-        """Code x step + minimum in fp32, then the layout's dtype; the rest as it was."""
+        """Code x step + near in fp32, then the layout's dtype; the rest as it was."""
         coded = coded_tokens(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))

@@ -23,7 +23,7 @@ def bf16(value: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-def int8_keys(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
+def int8_keys(codes: Bytes, near: Floats, step: Floats, out: Halves) -> None:
     """Codes ``[n, groups, 64, channels]``, ends ``[n, groups, channels]``, to ``[n, tokens or more, channels]``."""
     count, groups, tokens, channels = codes.shape
     for n in range(count):
@@ -31,22 +31,22 @@ def int8_keys(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
             for token in range(tokens):
                 for channel in range(channels):
                     code = np.float32(codes[n, group, token, channel])
-                    value = code * step[n, group, channel] + minimum[n, group, channel]
+                    value = code * step[n, group, channel] + near[n, group, channel]
                     out[n, group * tokens + token, channel] = bf16(value)
 
 
-def int8_values(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
+def int8_values(codes: Bytes, near: Floats, step: Floats, out: Halves) -> None:
     """Codes ``[n, tokens, groups, channels]``, ends ``[n, tokens, groups]``, to the shape of the codes."""
     count, tokens, groups, channels = codes.shape
     for n in range(count):
         for token in range(tokens):
             for group in range(groups):
-                slope, start = step[n, token, group], minimum[n, token, group]
+                slope, start = step[n, token, group], near[n, token, group]
                 for channel in range(channels):
                     out[n, token, group, channel] = bf16(np.float32(codes[n, token, group, channel]) * slope + start)
 
 
-def int4_keys(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
+def int4_keys(codes: Bytes, near: Floats, step: Floats, out: Halves) -> None:
     """As `int8_keys` with codes ``[n, groups, 32, channels]``: a byte is token t and t + 32 of its group."""
     count, groups, rows, channels = codes.shape
     for n in range(count):
@@ -54,21 +54,21 @@ def int4_keys(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
             for row in range(rows):
                 for channel in range(channels):
                     code = np.float32(codes[n, group, row, channel] & 15)
-                    value = code * step[n, group, channel] + minimum[n, group, channel]
+                    value = code * step[n, group, channel] + near[n, group, channel]
                     out[n, 2 * group * rows + row, channel] = bf16(value)
                 for channel in range(channels):
                     code = np.float32(codes[n, group, row, channel] >> 4)
-                    value = code * step[n, group, channel] + minimum[n, group, channel]
+                    value = code * step[n, group, channel] + near[n, group, channel]
                     out[n, 2 * group * rows + rows + row, channel] = bf16(value)
 
 
-def int4_values(codes: Bytes, minimum: Floats, step: Floats, out: Halves) -> None:
+def int4_values(codes: Bytes, near: Floats, step: Floats, out: Halves) -> None:
     """As `int8_values` with codes ``[n, tokens, groups, half]``, to ``[n, tokens, groups, 2, half]``."""
     count, tokens, groups, half = codes.shape
     for n in range(count):
         for token in range(tokens):
             for group in range(groups):
-                slope, start = step[n, token, group], minimum[n, token, group]
+                slope, start = step[n, token, group], near[n, token, group]
                 for channel in range(half):
                     low = np.float32(codes[n, token, group, channel] & 15)
                     out[n, token, group, 0, channel] = bf16(low * slope + start)
