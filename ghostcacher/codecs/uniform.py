@@ -42,21 +42,29 @@ def to_codes(group: TensorGroup, tensor: torch.Tensor, steps: int) -> tuple[torc
     Raises:
         BlockError: ``nonfinite``: NaN, infinity, or a range that overflows.
     """
-    half = torch.bfloat16 if group.spec.dtype == "bfloat16" else torch.float16
-    values, parts = tensor.to(half).float(), {}
+    half, parts = torch.bfloat16 if group.spec.dtype == "bfloat16" else torch.float16, {}
     if group.spec.dtype == "float32":
-        shift = _shift(group, tensor)
-        values = _times(tensor, shift[:, None, None, None]).to(half).float()
-        parts[f"{group.name}.shift"] = shift
-    values, axis = grouped(group, values), group_axis(group)
-    near, far = _ends(values, axis)
+        parts[f"{group.name}.shift"] = _shift(group, tensor)
+    codes = torch.empty(grouped_shape(group, tensor.shape), dtype=torch.uint8, device=tensor.device)
+    near, far = (torch.empty(grid(group, tensor.shape[2]), dtype=half, device=tensor.device) for _ in range(2))
+    # Fresh memory costs more than coding does: a part at a time takes the same again and again.
+    for run in runs(len(tensor), tensor[:1].numel(), _AT_ONCE):
+        shift = parts.get(f"{group.name}.shift")
+        values = tensor[run] if shift is None else _times(tensor[run], shift[run, None, None, None])
+        codes[run], near[run], far[run] = _coded(group, values.to(half).float(), steps)
+    return codes, {**parts, f"{group.name}.near": near, f"{group.name}.far": far}
+
+
+def _coded(group: TensorGroup, values: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of some layers, and the ends of their groups; ``values`` are changed."""
+    axis = group_axis(group)
+    near, far = _ends(grouped(group, values), axis)
     step = (far - near) / steps
     check_finite(group, step)
     step[step == 0] = 1.0
-    parts[f"{group.name}.near"] = near.squeeze(axis).to(half)
-    parts[f"{group.name}.far"] = far.squeeze(axis).to(half)
-    # By way of int32: to U8 at once torch is four times slower.
-    return values.sub_(near).div_(step).round_().to(torch.int32).to(torch.uint8), parts
+    codes = grouped(group, values).sub_(near).div_(step).round_()
+    # In int32 on their way to U8: at once torch is four times slower.
+    return codes.to(torch.int32), near.squeeze(axis), far.squeeze(axis)
 
 
 def _ends(values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
