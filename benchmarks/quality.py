@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="texts to score in place of the built-in ones")
     parser.add_argument("--codec", nargs="+", help="print the bits and the quality of these alone")
     chosen = parser.parse_args()
+    if chosen.codec and chosen.write:
+        parser.error("--codec prints a table of its own and writes no page: leave out --write")
     warnings.simplefilter("ignore")
     loaded = load(chosen.model)
     tables = calibrated(loaded)
