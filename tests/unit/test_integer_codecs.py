@@ -42,8 +42,8 @@ def test_the_definition_by_hand(codec, steps):
     parts = codec.encode(group("keys", dtype="bfloat16"), tensor, LATER)
     rounded = tensor.float()
     minimum, maximum = rounded.amin(2), rounded.amax(2)
-    near = torch.where(maximum.abs() < minimum.abs(), maximum, minimum)
-    far = minimum + maximum - near
+    is_below = maximum.abs() < minimum.abs()
+    near, far = torch.where(is_below, maximum, minimum), torch.where(is_below, minimum, maximum)
     codes = ((rounded - near[:, :, None]) / ((far - near) / steps)[:, :, None]).round()
     assert torch.equal(parts["keys.far"][:, :, 0].float(), far)
     assert torch.equal(parts["keys.near"][:, :, 0].float(), near)
