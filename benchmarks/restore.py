@@ -5,6 +5,8 @@ python benchmarks/restore.py [--write docs/quantisation.md] [--model NAME] [--to
 The demo's model in bf16. Fetch, verification, decoding and placing into private buffers, as a hit does it; the median
 of some rounds. A codec pays over a link if its bytes take less time, by more than decoding takes: below the bandwidth
 where raw bytes saved over the link equal processor time spent, both measured here.
+
+Then one long block alone, torch on one thread: decoded by the caller's thread, and its keys and values by two.
 """
 
 from __future__ import annotations
@@ -25,18 +27,28 @@ import ghostcacher
 from ghostcacher.adapters.guard import ReplayCache, logits_after
 from ghostcacher.adapters.landing import Landing
 from ghostcacher.adapters.probe import Shape
+from ghostcacher.blocks import KVBlock
 from ghostcacher.cli.calibrate import built_in
 from ghostcacher.cli.demo_model import Loaded, load, real_text
+from ghostcacher.codecs.base import Codec, Spread, one_by_one
+from ghostcacher.codecs.kvt import KvtCodec
+from ghostcacher.codecs.registry import codec_named, record_of
+from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.scratch import Scratch
+from ghostcacher.codecs.spoken import spoken
+from ghostcacher.codecs.tables import Tables
 from ghostcacher.hooks import hooks_of
 from ghostcacher.index import Candidate
 from ghostcacher.keys import Namespace, PrefixChain
 from ghostcacher.research import PREFIX_TOKENS, SCORED_TOKENS, calibrate
 from ghostcacher.research.replay import taken
 from ghostcacher.testing.servers import redis_server
+from ghostcacher.tiers.readers import Readers
 from ghostcacher.tiers.stack import TierStack
 
 CODECS = ("raw", "raw.z", "int8", "int4", "ec(0.25)", "ec(0.5)", "kvt(0.25)", "kvt(0.5)")
 BLOCK_TOKENS = 128
+LONG_BLOCK_TOKENS = 1024
 ROUNDS = 7
 
 
@@ -73,8 +85,8 @@ class Row:
         return f"| `{self.codec}` | {self.megabytes:.1f} | {times} | {pays} |"
 
 
-def measure(loaded: Loaded, tokens: int, folder: Path, url: str) -> list[Row]:
-    """All codecs on one prefix of real text."""
+def measure(loaded: Loaded, tokens: int, folder: Path, url: str) -> str:
+    """The section: all codecs on one prefix of real text."""
     module, length = loaded.model, PREFIX_TOKENS + SCORED_TOKENS
     windows = [loaded.tokenizer(text, return_tensors="pt").input_ids[:, :length] for text in built_in()]
     tables = calibrate(module, windows[:2], codecs=())
@@ -98,7 +110,44 @@ def measure(loaded: Loaded, tokens: int, folder: Path, url: str) -> list[Row]:
                 megabytes = store.stats().tiers[0].size_bytes / 1e6
                 store.tiers[0].remove(chain.covering(0, len(chain)))
         rows.append(Row(codec, megabytes, *seconds))
-    return rows
+    [long] = taken(
+        shape, cache, PrefixChain.of(ids[0, :LONG_BLOCK_TOKENS].tolist(), chain.namespace, LONG_BLOCK_TOKENS)
+    )
+    return f"{page(rows, tokens)}\n{long_block(long, tables.tables)}"
+
+
+def at_once(block: KVBlock, codec: Codec) -> str:
+    """A row: ``block`` verified and decoded by this thread and by two, in turn, into memory used before."""
+    blob, scratch = bytearray(b"".join(CodecChain(codec).encode(block))), Scratch()
+
+    def seconds(spread: Spread) -> float:
+        scratch.reuse()
+        began = time.perf_counter()
+        decode_blob(blob, block.key, block.layout, find=lambda _: lambda **_: codec, room=scratch, spread=spread)
+        return time.perf_counter() - began
+
+    two = Readers(2)
+    times = [(seconds(one_by_one), seconds(two)) for _ in range(3 * ROUNDS)]
+    two.close()
+    alone, shared = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
+    return f"| `{spoken(record_of(codec))}` | {alone:.1f} | {shared:.1f} | {alone / shared:.1f} |"
+
+
+def long_block(block: KVBlock, tables: Tables) -> str:
+    """What two threads gain on it, in Markdown."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    codecs = [KvtCodec(float(name[4:-1]), tables) if name.startswith("kvt(") else codec_named(name) for name in CODECS]
+    # Raw is not computed at all.
+    rows = [at_once(block, codec.for_layout(block.layout)) for codec in codecs if codec.name != "raw"]
+    torch.set_num_threads(threads)
+    head = [
+        f"One block of {LONG_BLOCK_TOKENS:,} tokens, verified and decoded into RAM, torch on one thread; milliseconds.",
+        "",
+        "| codec | one thread | keys and values at once | times as fast |",
+        "|---|--:|--:|--:|",
+    ]
+    return "\n".join([*head, *rows, ""])
 
 
 def page(rows: Sequence[Row], tokens: int) -> str:
@@ -123,7 +172,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     loaded = load(chosen.model, dtype="bfloat16")
     with tempfile.TemporaryDirectory() as name, redis_server(Path(name) / "redis") as server:
-        section = page(measure(loaded, chosen.tokens, Path(name), server.url), chosen.tokens)
+        section = measure(loaded, chosen.tokens, Path(name), server.url)
     if not chosen.write:
         print(section)
         return

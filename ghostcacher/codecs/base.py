@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 
@@ -24,6 +24,26 @@ Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The plain `Room`: new memory each time."""
     return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+_Item = TypeVar("_Item")
+
+
+class Spread(Protocol):
+    """Runs a function over items, on one thread or several. Inside of such a function it may be called again.
+
+    After an exception no further item begins; the first one is raised when all that had begun have ended.
+    """
+
+    def __call__(self, function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
+        """Return when the function ran for every item."""
+        ...
+
+
+def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
+    """The plain `Spread`: this thread, in order."""
+    for item in items:
+        function(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +100,8 @@ class TensorCodec(Codec, Protocol):
     ) -> torch.Tensor:
         """``[layers, *spec.shape]`` in the layout's dtype, in memory from ``room`` or shared with ``parts``.
 
-        ``parts`` are on the CPU; what there is to compute is computed where ``room`` is.
+        ``parts`` are on the CPU; what there is to compute is computed where ``room`` is. Called on several threads at
+        once, with blocks and with tensors of one block.
 
         Raises:
             BlockError: ``frame``: a part is not what this codec writes.

@@ -12,8 +12,8 @@ from typing import Self
 
 import torch
 
-from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Codec, Piece, Room, TensorCodec, fresh
+from ghostcacher.blocks import DTYPES, KVBlock, KVLayout, TensorGroup
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Codec, Piece, Room, Spread, TensorCodec, fresh, one_by_one
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
     VARIABLE,
@@ -109,11 +109,11 @@ def _coded(codec: TensorCodec, block: KVBlock, model: str) -> Coded:
 
 def decode_blob(
     blob: Buffer, key: BlockKey, layout: KVLayout, *, exact_only: bool = False, find: Finder | None = None,
-    room: Room = fresh,
+    room: Room = fresh, spread: Spread = one_by_one,
 ) -> KVBlock:  # fmt: skip
     """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it.
 
-    The block's tensors lie in memory from ``room``, or share that of ``blob``.
+    The block's tensors lie in memory from ``room``, or share that of ``blob``; ``spread`` decodes them.
 
     Any codec that ``find`` knows (all of this version) is read, whatever the store writes now.
 
@@ -126,7 +126,7 @@ def decode_blob(
     if exact_only and claimed.lossy:
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
-        return _verified(blob, claimed, key, layout, find, room)
+        return _verified(blob, claimed, key, layout, find, room, spread)
     except BlockError:
         raise
     except (ConfigurationError, MissingExtraError) as error:
@@ -138,8 +138,9 @@ def decode_blob(
 
 
 def _verified(
-    blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayout, find: Finder | None, room: Room
-) -> KVBlock:
+    blob: Buffer, claimed: BlockHeader, key: BlockKey, layout: KVLayout, find: Finder | None, room: Room,
+    spread: Spread,
+) -> KVBlock:  # fmt: skip
     codec = codec_from(claimed.codec, find)
     if codec.lossy and not claimed.lossy:
         raise BlockError("geometry", "a lossy codec in a block that says it is exact")
@@ -150,7 +151,15 @@ def _verified(
     if expected.render() != blanked(memoryview(blob)[:end]) or len(blob) != end + expected.data_bytes:
         raise BlockError("geometry", "the header is not the one that this layout and codec give")
     check_digest(blob)
-    return _assembled(blob, end, codec, key, layout, claimed, fields, room)
+    parts = _parts(blob, end, fields)
+    groups, tensors = layout.groups_of(key), dict[str, torch.Tensor]()
+
+    def decode(group: TensorGroup) -> None:
+        tensors[group.name] = codec.decode(group, Piece.of(key), parts, room)
+
+    is_computed = codec.name != RawCodec.name
+    (spread if is_computed else one_by_one)(decode, groups)
+    return KVBlock(key, layout, tuple(tensors[group.name] for group in groups), lossy=claimed.lossy)
 
 
 def blob_fields(
@@ -168,10 +177,7 @@ def blob_fields(
     return tuple(sorted(fields, key=lambda field: (-ITEM_BYTES[field.dtype], field.name)))
 
 
-def _assembled(
-    blob: Buffer, offset: int, codec: TensorCodec, key: BlockKey, layout: KVLayout, header: BlockHeader,
-    fields: Sequence[TensorField], room: Room,
-) -> KVBlock:  # fmt: skip
+def _parts(blob: Buffer, offset: int, fields: Sequence[TensorField]) -> dict[str, torch.Tensor]:
     data = blob if not memoryview(blob).readonly else bytearray(blob)
     parts: dict[str, torch.Tensor] = {}
     for each in fields:
@@ -180,8 +186,7 @@ def _assembled(
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else fresh((0,), dtype)
         parts[each.name] = flat.view(each.shape)
         offset += each.size_bytes
-    tensors = tuple(codec.decode(group, Piece.of(key), parts, room) for group in layout.groups_of(key))
-    return KVBlock(key, layout, tensors, lossy=header.lossy)
+    return parts
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from math import prod
 
 import torch
@@ -10,17 +11,20 @@ from ghostcacher.transfers import Sending
 
 
 class Scratch:
-    """A `Room` on ``device`` for one thread: what it gave for a block is overwritten after `reuse`."""
+    """A `Room` on ``device`` for one block at a time: what it gave is overwritten after `reuse`.
+
+    Several threads may decode parts of the block at once.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._sending = Sending()
-        self._buffers: list[torch.Tensor] = []
-        self._taken = 0
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._numbers = count()
 
     def reuse(self) -> None:
         """The latest block has been placed: its memory may be given again."""
-        self._taken = 0
+        self._numbers = count()
         self._sending.sent(self._device)
 
     def settle(self) -> None:
@@ -30,10 +34,8 @@ class Scratch:
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See `Room`."""
-        size_bytes = prod(shape) * dtype.itemsize
-        if self._taken == len(self._buffers):
-            self._buffers.append(torch.empty(0, dtype=torch.uint8, device=self._device))
-        if len(self._buffers[self._taken]) < size_bytes:
-            self._buffers[self._taken] = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-        self._taken += 1
-        return self._buffers[self._taken - 1][:size_bytes].view(dtype).view(shape)
+        size_bytes, number = prod(shape) * dtype.itemsize, next(self._numbers)
+        buffer = self._buffers.get(number)
+        if buffer is None or len(buffer) < size_bytes:
+            buffer = self._buffers[number] = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+        return buffer[:size_bytes].view(dtype).view(shape)

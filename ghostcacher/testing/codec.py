@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import pytest
 import torch
 
@@ -10,7 +14,10 @@ from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, TensorCodec
 from ghostcacher.codecs.header import VARIABLE
 from ghostcacher.codecs.registry import Finder, codec_from, record_of
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
+from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.keys import Namespace, PrefixChain
+
+_Item = TypeVar("_Item")
 
 
 def group(name: str = "keys", *, heads: int = 2, dim: int = 16, dtype: str = "float32", layers: int = 3) -> TensorGroup:
@@ -92,6 +99,15 @@ class CodecContract:
         if not codec.lossy:
             assert all(torch.equal(a, b) for a, b in zip(back.tensors, given.tensors, strict=True))
 
+    def test_the_tensors_of_a_block_may_be_decoded_at_once(self, codec: TensorCodec) -> None:
+        given = block(130, dtype=torch.bfloat16)
+        blob = bytearray(b"".join(CodecChain(codec).encode(given)))
+        plain, room = decode_blob(blob, given.key, given.layout, find=self.find), Scratch()
+        for _ in range(5):
+            room.reuse()
+            back = decode_blob(blob, given.key, given.layout, find=self.find, room=room, spread=at_once)
+            assert all(torch.equal(a, b) for a, b in zip(back.tensors, plain.tensors, strict=True))
+
     @pytest.mark.parametrize("tokens", [5, 64, 130])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_what_device_users_make_their_default_changes_nothing(
@@ -105,6 +121,12 @@ class CodecContract:
             back = decode_blob(bytearray(blob), given.key, given.layout, find=self.find)
         assert again == blob
         assert all(torch.equal(a, b) for a, b in zip(back.tensors, plain.tensors, strict=True))
+
+
+def at_once(function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
+    """A `Spread` with a thread for each item."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        list(pool.map(function, items))
 
 
 def inputs(kind: str, shape: tuple[int, ...]) -> torch.Tensor:

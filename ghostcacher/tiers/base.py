@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -23,22 +23,6 @@ What it wants to keep it copies: the block's memory is used again for the next o
 
 SNAPSHOT_SHARE = 0.25
 """How much of a tier's budget the snapshots of one namespace may take."""
-
-_Item = TypeVar("_Item")
-
-
-class Spread(Protocol):
-    """Runs a function over items, on one thread or several; the first exception is raised after all ended."""
-
-    def __call__(self, function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
-        """Return when the function ran for every item."""
-        ...
-
-
-def one_by_one(function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
-    """The plain `Spread`: this thread, in order."""
-    for item in items:
-        function(item)
 
 
 @dataclass(frozen=True, slots=True)

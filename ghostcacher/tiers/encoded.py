@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,10 +10,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from ghostcacher.blocks import CPU, KVLayout
+from ghostcacher.codecs.base import Spread, one_by_one
 from ghostcacher.codecs.header import HEADER_LIMIT_BYTES, BlockHeader
 from ghostcacher.codecs.registry import record_of
-from ghostcacher.codecs.safetensors_format import CodecChain, Coded, decode_blob
-from ghostcacher.codecs.scratch import Scratch
+from ghostcacher.codecs.safetensors_format import CodecChain, Coded
 from ghostcacher.codecs.spoken import spoken
 from ghostcacher.errors import BlockError, StoreError, StoreForgedError
 from ghostcacher.events import CacheEvent, Observer
@@ -26,25 +25,15 @@ from ghostcacher.stores.base import Buffer, Store, close
 from ghostcacher.tiers.base import (
     Offer,
     Place,
-    Spread,
     TierStats,
     certified_counts,
     content_counts,
-    one_by_one,
 )
 from ghostcacher.tiers.budget import Budget
 from ghostcacher.tiers.catalog import Catalog
 from ghostcacher.tiers.counts import Counts
 from ghostcacher.tiers.creating import KEPT, Created, create
-
-BATCH_BLOCKS = 2
-
-
-class _PerThread(threading.local):
-    """What each reader of one fetch decodes into."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.scratch = Scratch(device)
+from ghostcacher.tiers.fetching import Fetch, alone, halves
 
 
 class EncodedTier:
@@ -94,23 +83,18 @@ class EncodedTier:
         self, keys: Sequence[BlockKey], layout: KVLayout, place: Place, *, exact_only: bool,
         timeout_seconds: float | None = None, device: torch.device = CPU,
     ) -> frozenset[bytes]:  # fmt: skip
-        """See `Tier.fetch`, on several threads: a local store block by block, a remote one in one batch for each."""
-        placed: set[bytes] = set()
-        own = _PerThread(device)
+        """See `Tier.fetch`: a local store is read block by block, a remote one in two batches."""
         limit_bytes = max(map(layout.bytes_of, keys), default=0) + HEADER_LIMIT_BYTES
         allowed_seconds = min(self.timeout_seconds, timeout_seconds or self.timeout_seconds)
         failures: list[StoreError] = []
         began = time.monotonic()
-
-        def read(batch: Sequence[BlockKey]) -> None:
-            for key, blob in self._read(batch, limit_bytes, allowed_seconds, failures):
-                if self._place(key, blob, layout, place, own.scratch, exact_only=exact_only):
-                    placed.add(key.digest)
-            own.scratch.settle()
-
-        own.scratch.settle()  # what lay before in the memory to be filled may still be in use
         with self.index.pinned([key.digest for key in keys]):
-            self._spread(read, [[key] for key in keys] if self.is_local else _batches(keys))
+            fetch = Fetch(
+                layout=layout, exact_only=exact_only, find=self.chain.find, verified=self._learn, rejected=self.reject,
+                read=lambda batch: self._read(batch, limit_bytes, allowed_seconds, failures),
+                place=place, spread=self._spread, device=device,
+            )  # fmt: skip
+            placed = fetch.run(alone(keys) if self.is_local else halves(keys))
         self._counts.add("hits", len(placed))
         elapsed_seconds = time.monotonic() - began
         if placed and not failures:
@@ -118,7 +102,7 @@ class EncodedTier:
         elif failures and elapsed_seconds > allowed_seconds / 2:
             # Given up, not measured: it would have taken longer. What fails at once is the breaker's business.
             self.loading.add(sum(map(layout.bytes_of, keys)), 2 * max(elapsed_seconds, allowed_seconds))
-        return frozenset(placed)
+        return placed
 
     def wants(self, key: BlockKey, *, lossy: bool) -> bool:
         """See `Tier.wants`: what is new, and exact blocks in place of lossy ones; nothing if it only reads."""
@@ -226,19 +210,6 @@ class EncodedTier:
                 else:
                     yield key, value
 
-    def _place(
-        self, key: BlockKey, blob: Buffer, layout: KVLayout, place: Place, scratch: Scratch, *, exact_only: bool
-    ) -> bool:
-        scratch.reuse()
-        try:
-            block = decode_blob(blob, key, layout, exact_only=exact_only, find=self.chain.find, room=scratch)
-        except BlockError as error:
-            self.reject(key.store_key, error.reason)
-            return False
-        self._learn(key, blob)
-        place(block)
-        return True
-
     def _learn(self, key: BlockKey, blob: Buffer) -> None:
         """How a block was coded that was only named before; a verified blob tells."""
         entry = self.index.get(key.digest)
@@ -277,9 +248,3 @@ class EncodedTier:
             self._observe(CacheEvent("error", reason, self.name, seconds=time.monotonic() - started))
             if self._strict:
                 raise
-
-
-def _batches(keys: Sequence[BlockKey]) -> list[Sequence[BlockKey]]:
-    """Two, so that one is decoded while the other is read; few keys stay together."""
-    half = len(keys) // 2
-    return [keys[:half], keys[half:]] if half >= BATCH_BLOCKS else [keys]

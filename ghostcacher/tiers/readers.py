@@ -1,11 +1,13 @@
-"""A small pool that reads and places blocks on several threads at once."""
+"""A few threads that read and decode blocks at once."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 READER_THREADS = 4
 """At most; no more than there are processors. They share Python's lock, and torch's own threads."""
@@ -14,29 +16,91 @@ _Item = TypeVar("_Item")
 
 
 class Readers:
-    """A `Spread` over a pool that is started on first use and again after a fork."""
+    """A `Spread`: the caller's own thread, and of a pool's those that are idle.
+
+    Nobody waits for a thread to become idle, so that calls within calls cannot wait for each other. The pool is started
+    on first use, and again after a fork.
+    """
 
     def __init__(self, threads: int = READER_THREADS) -> None:
-        self._threads = min(threads, os.cpu_count() or 1)
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = 0
+        self._helpers = min(threads, os.cpu_count() or 1) - 1
+        self._pool: _Pool | None = None
 
     def __call__(self, function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:
         """See `Spread`."""
-        if len(items) < 2 or self._threads < 2:  # noqa: PLR2004 (nothing to share out)
-            for item in items:
-                function(item)
-            return
-        if self._pool is None or self._process != os.getpid():
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ghostcacher-reader")
-            self._process = os.getpid()
-        futures = [self._pool.submit(function, item) for item in items]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
+        work = _Work(function, items)
+        wanted = min(self._helpers, len(items) - 1)
+        helping = self._started().help(work, wanted) if wanted > 0 else []
+        work.run()
+        work.end(helping)
 
     def close(self) -> None:
         """Stop the threads; a later call starts them again."""
-        if self._pool is not None and self._process == os.getpid():
-            self._pool.shutdown()
-        self._pool = None
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _started(self) -> _Pool:
+        pool = self._pool
+        if pool is None or pool.process != os.getpid():
+            pool = self._pool = _Pool(self._helpers)
+        return pool
+
+
+class _Work(Generic[_Item]):
+    """Items that threads take one by one; an exception lets nothing more begin."""
+
+    def __init__(self, function: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+        self._function = function
+        self._left = deque(items)
+        self._errors: list[BaseException] = []
+
+    def run(self) -> None:
+        """Take items until none is left."""
+        try:
+            while True:
+                try:
+                    item = self._left.popleft()
+                except IndexError:
+                    return
+                self._function(item)
+        except BaseException as error:  # noqa: BLE001 (raised by `end`, on the thread that gave the work)
+            self._left.clear()
+            self._errors.append(error)
+
+    def end(self, helping: Sequence[Future[None]]) -> None:
+        """Wait for those who help, and raise the first exception."""
+        try:
+            for future in helping:
+                future.result()
+        finally:
+            self._left.clear()
+        if self._errors:
+            raise self._errors[0]
+
+
+class _Pool:
+    """Threads of this process, and how many of them are idle."""
+
+    def __init__(self, threads: int) -> None:
+        self.process = os.getpid()
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ghostcacher-reader")
+        self._idle = threading.Semaphore(threads)
+
+    def help(self, work: _Work[_Item], wanted: int) -> list[Future[None]]:
+        """Let as many idle threads as are ``wanted``, and there are, run ``work``."""
+        helping: list[Future[None]] = []
+        while len(helping) < wanted and self._idle.acquire(blocking=False):
+            helping.append(self._executor.submit(self._run, work))
+        return helping
+
+    def close(self) -> None:
+        """Stop the threads of this process."""
+        if self.process == os.getpid():
+            self._executor.shutdown()
+
+    def _run(self, work: _Work[_Item]) -> None:
+        try:
+            work.run()
+        finally:
+            self._idle.release()

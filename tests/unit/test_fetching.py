@@ -1,0 +1,199 @@
+"""What threads share in one fetch: the blocks of a remote batch, the tensors of a large block."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from ghostcacher.blocks import KVBlock, KVLayout
+from ghostcacher.codecs.int8 import Int8Codec
+from ghostcacher.codecs.registry import codec_named, factory_of
+from ghostcacher.codecs.safetensors_format import CodecChain
+from ghostcacher.codecs.scratch import Scratch
+from ghostcacher.errors import BlockError
+from ghostcacher.eviction import LeastRecentlyUsed
+from ghostcacher.keys import Namespace, PrefixChain
+from ghostcacher.stores.memory import MemoryStore
+from ghostcacher.tiers import fetching
+from ghostcacher.tiers.base import Offer
+from ghostcacher.tiers.encoded import EncodedTier
+from ghostcacher.tiers.readers import Readers
+
+TIMEOUT_SECONDS = 20.0
+LAYOUT = KVLayout.uniform(layers=3, heads=2, head_dim=64, dtype="bfloat16")
+TOKENS = 128
+CHAIN = PrefixChain.of(list(range(4 * TOKENS)), Namespace(bytes(32)), TOKENS)
+
+
+def blocks(count):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        KVBlock(key, LAYOUT, tuple(torch.randn(g.shape(TOKENS), generator=generator).bfloat16() for g in LAYOUT.groups))
+        for key in list(CHAIN.covering(0, len(CHAIN)))[:count]
+    ]
+
+
+@dataclass(frozen=True)
+class Watched(Int8Codec):
+    """Calls ``watch`` with the name of each tensor that is decoded."""
+
+    name: ClassVar[str] = "watched"
+    watch: ClassVar = staticmethod(lambda name: None)
+
+    def decode(self, group, piece, parts, room):
+        type(self).watch(group.name)
+        return super().decode(group, piece, parts, room)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Sets what is called for each tensor that is decoded."""
+    return lambda function: monkeypatch.setattr(Watched, "watch", staticmethod(function))
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Processors that torch leaves idle, and blocks that are large."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(fetching, "SHARED_BYTES", 2**16)
+
+
+@pytest.fixture
+def tier(monkeypatch):
+    """Of so many threads, holding ``given``, coded by ``codec``."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    opened = []
+
+    def make(given, *, threads, is_local=True, codec=None):
+        opened.append(Readers(threads))
+        chain = CodecChain(codec or Watched(), lambda name: Watched if name == "watched" else factory_of(name))
+        made = EncodedTier(
+            "t", MemoryStore(), chain, LeastRecentlyUsed(), lambda event: None, is_local=is_local, timeout_seconds=5.0,
+            spread=opened[-1],
+        )  # fmt: skip
+        assert all(made.offer(Offer(block)) for block in given)
+        return made
+
+    yield make
+    for readers in opened:
+        readers.close()
+
+
+def fetched(tier, given, device="cpu"):
+    """The tensors of each block that was placed."""
+    found = {}
+
+    def place(block):
+        found[block.key.digest] = [tensor.clone() for tensor in block.tensors]
+
+    keys = [block.key for block in given]
+    placed = tier.fetch(keys, LAYOUT, place, exact_only=False, device=torch.device(device))
+    assert placed == found.keys()
+    return found
+
+
+def met(parties):
+    """What ends only when it runs on so many threads at once."""
+    barrier = threading.Barrier(parties)
+    return lambda _: barrier.wait(TIMEOUT_SECONDS)
+
+
+@pytest.fixture
+def threads(watch):
+    """The threads that decode."""
+    seen = []
+    watch(lambda _: seen.append(threading.get_ident()))
+    return seen
+
+
+def test_the_tensors_of_a_large_block_are_decoded_at_once(tier, idle, watch):
+    made, given = tier(blocks(1), threads=2), blocks(1)
+    watch(met(2))
+    assert len(fetched(made, given)) == 1
+
+
+def test_where_torch_uses_all_processors_one_thread_decodes_a_block(tier, idle, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    fetched(tier(blocks(1), threads=4), blocks(1))
+    assert set(threads) == {threading.get_ident()}
+    assert len(threads) == 2
+
+
+def test_one_thread_decodes_a_small_block(tier, idle, threads, monkeypatch):
+    monkeypatch.setattr(fetching, "SHARED_BYTES", LAYOUT.bytes_of(blocks(1)[0].key) + 1)
+    fetched(tier(blocks(1), threads=4), blocks(1))
+    assert set(threads) == {threading.get_ident()}
+    assert len(threads) == 2
+
+
+def test_idle_threads_decode_what_others_have_read_in_one_batch(tier, watch):
+    """Four blocks are two batches: two threads read them, two more help."""
+    at_once, made = met(4), tier(blocks(4), threads=4, is_local=False)
+    watch(lambda name: at_once(name) if name == "keys" else None)
+    assert len(fetched(made, blocks(4))) == 4
+
+
+def test_on_a_gpu_the_thread_that_reads_decodes(tier, idle, threads):
+    """A device without values stands for it: on it nothing can be computed but shapes."""
+    found = fetched(tier(blocks(3), threads=4, is_local=False), blocks(3), device="meta")
+    assert {tensor.device.type for tensors in found.values() for tensor in tensors} == {"meta"}
+    assert len(set(threads)) == 1
+    assert len(threads) == 6
+
+
+@pytest.mark.parametrize("codec", ["raw", "raw.z", "bf16", "int8", "int4", "ec(0.25)", "ec(1.0)"])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_however_many_threads_decode_the_bytes_are_the_same(codec, is_local, tier, idle):
+    given, coded = blocks(4), codec_named(codec)
+    one = fetched(tier(given, threads=1, is_local=is_local, codec=coded), given)
+    for count in (1, 4):
+        made = tier(given[:count], threads=4, is_local=is_local, codec=coded)
+        for _ in range(10):
+            found = fetched(made, given[:count])
+            assert len(found) == count
+            for digest, tensors in found.items():
+                assert all(
+                    torch.equal(a.view(torch.int16), b.view(torch.int16))
+                    for a, b in zip(tensors, one[digest], strict=True)
+                )
+
+
+@pytest.mark.parametrize("error", [BlockError("frame", "no"), ValueError("no"), MemoryError()])
+@pytest.mark.parametrize("broken", ["keys", "values"])
+def test_a_tensor_that_cannot_be_decoded_is_a_miss_of_its_block(error, broken, tier, idle, watch):
+    given = blocks(2)
+    made = tier(given, threads=4)
+    left = [2]
+
+    def fail_twice(name):
+        if name == broken and left[0]:
+            left[0] -= 1
+            raise error
+
+    watch(fail_twice)
+    assert fetched(made, given) == {}
+    assert made.stats().rejected == 2
+    assert all(made.offer(Offer(block)) for block in given)
+    assert len(fetched(made, given)) == 2
+
+
+def test_threads_that_take_room_at_once_get_memory_of_their_own():
+    scratch, parties, rooms = Scratch(), 4, 100
+    barrier, taken = threading.Barrier(parties), []
+
+    def take():
+        barrier.wait(TIMEOUT_SECONDS)
+        taken.extend(scratch((64,), torch.uint8).data_ptr() for _ in range(rooms))
+
+    running = [threading.Thread(target=take) for _ in range(parties)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(TIMEOUT_SECONDS)
+    assert len(set(taken)) == parties * rooms
