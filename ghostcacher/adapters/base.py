@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from ghostcacher.adapters import offload, table
+from ghostcacher.adapters import autocast, offload, table
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.certify import certify, pads_change_rows
 from ghostcacher.adapters.fingerprint import Weights, WeightsFingerprint
@@ -27,7 +27,6 @@ from ghostcacher.adapters.state import CacheState, put_layers
 from ghostcacher.adapters.static import static_state
 from ghostcacher.adapters.unserved import UnservedError
 from ghostcacher.adapters.walk import Activations, Walk, walk
-from ghostcacher.blocks import KVLayout
 from ghostcacher.config import StoreConfig
 from ghostcacher.errors import UnsupportedModelError
 from ghostcacher.gate import Line
@@ -80,6 +79,7 @@ class ModelAdapter:
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
+        self.is_mixed = False
         self._identifying = threading.RLock()
         self._known_weights: tuple[Weights, tuple[Any, ...]] = (Weights("", ""), ())
         self._known_config: dict[str, Any] = {}
@@ -95,30 +95,38 @@ class ModelAdapter:
         if self._is_prepared or self.refusal:
             return
         self._is_prepared = True
+        self.is_mixed = autocast.is_prepared(module)
         try:
-            self.shape = shape_of(module)
-            self.reader.cuts_masks = {kind.name for kind in self.shape.kinds} <= _WITHOUT_ATTENTION
-            if self.model_type not in table.PROVEN:
-                self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
-                self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
-            if self.ranks is not None and self.has_states:
-                self.refusal = "tensor parallel, and state that is valid at one length only"
+            with autocast.no_autocast():
+                self._probe(module)
             self.weigh(module)
         except UnsupportedModelError as error:
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 (whatever a foreign model raises, its prompts run cold)
             self.refusal = f"a probe of the model failed ({type(error).__name__}: {error})"
 
+    def _probe(self, module: Any) -> None:
+        self.shape = shape_of(module)
+        self.reader.cuts_masks = {kind.name for kind in self.shape.kinds} <= _WITHOUT_ATTENTION
+        if self.model_type not in table.PROVEN:
+            self.refusal = certify(module, self.shape, one_at_a_time=self.goes_one_at_a_time)
+            self.serves_padding = self.refusal is None and not pads_change_rows(module, self.shape)
+        if self.ranks is not None and self.has_states:
+            self.refusal = "tensor parallel, and state that is valid at one length only"
+
     def identify(self, module: Any, config: StoreConfig, mode: FingerprintMode, tokens: int) -> Identity:
         """Everything that changes KV state, as the model stands now, for a prompt of ``tokens`` tokens.
 
         Raises:
             UnservedError: hooks on the model's layers, such as peft's for batches of mixed adapters, or adapters
-                that do not say what they do; or a prompt so long that its state depends on others.
+                that do not say what they do; mixed precision since the model was looked at first; or a prompt so
+                long that its state depends on others.
             ValueError: the weights cannot be read, or the model was not prepared.
         """
         if self.shape is None:
             raise ValueError("the model's cache layout is not known")
+        if autocast.is_prepared(module) != self.is_mixed:
+            raise UnservedError("prepared for mixed precision, or taken back, after its first prompt")
         found = walk(module, self._is_ignored)
         if found.is_hooked:
             raise UnservedError("hooks on the model's layers")
@@ -127,19 +135,21 @@ class ModelAdapter:
         if any(found.activations) and self.has_states:
             raise UnservedError("activated LoRA, and state that is valid at one length only")
         with self._identifying:  # a namespace is one with the weights it was made of, whichever thread asks
-            namespace = self._namespace(module, self.shape.layout, found, config, tokens, always=mode == "always")
+            namespace = self._namespace(module, self.shape, found, config, tokens, always=mode == "always")
         return Identity(namespace, found.activations)
 
     def _namespace(
-        self, module: Any, layout: KVLayout, found: Walk, config: StoreConfig, tokens: int, *, always: bool
+        self, module: Any, shape: Shape, found: Walk, config: StoreConfig, tokens: int, *, always: bool
     ) -> Namespace:
         weights = self.weigh(module, found.tensors, always=always)
         config_now = vars(text_config(module))
         if (weights, found.adapters) != self._known_weights or config_now != self._known_config:
             self._known_weights, self._known_config = (weights, found.adapters), copy.deepcopy(config_now)
-            self._known_fields = identity_fields(module, weights.base, layout.digest)
+            self._known_fields = identity_fields(module, weights.base, shape.layout.digest)
             if self.ranks is not None:
                 self._known_fields["tensor_parallel"] = self.ranks.identity
+            if shape.autocasts:
+                self._known_fields["autocasts"] = list(shape.autocasts)
             if found.adapters:
                 self._known_fields["adapters"] = [weights.adapters, *found.adapters]
             self._known_namespaces = {}

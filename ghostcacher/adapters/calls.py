@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ghostcacher.adapters.autocast import autocasts
 from ghostcacher.adapters.media import MEDIA_ARGUMENTS, MEDIA_CONTENT, TYPE_ARGUMENTS, Media
 from ghostcacher.adapters.positions import are_plain
 
@@ -150,6 +151,7 @@ def why_not(call: Call, module: Any, *, takes_images: bool) -> str | None:
     rules = (
         (not call.is_tokens, "inputs_embeds"),
         (torch.is_grad_enabled(), "gradients are on"),
+        (bool(autocasts()), "autocast is on"),
         (_wants_insides(call, module.config), "hidden states or attentions are wanted"),
         (call.kept_logits < 1, "logits of the whole prompt are wanted"),
         (call.arguments.get("use_cache") is False, "use_cache=False"),
@@ -160,11 +162,14 @@ def why_not(call: Call, module: Any, *, takes_images: bool) -> str | None:
 
 
 def goes_on(call: Call, module: Any, *, takes_images: bool) -> bool:
-    """Whether a call after a prompt gives nothing but tokens of text. Waits for the device only for token types.
+    """Whether a call after a prompt computes as that did, and gives nothing but tokens of text.
 
-    Before transformers 5.24 multimodal types of the whole sequence come with every step: only longer calls are asked.
+    Waits for the device only for token types. Before transformers 5.24 multimodal types of the whole
+    sequence come with every step: only longer calls are asked.
     """
-    if not call.is_tokens or call.has_media or _unknown_argument(call, module.config, takes_images=takes_images):
+    if autocasts() or not call.is_tokens or call.has_media:
+        return False
+    if _unknown_argument(call, module.config, takes_images=takes_images):
         return False
     names = TYPE_ARGUMENTS if call.width > 1 else TYPE_ARGUMENTS[:1]
     types = [call.arguments[name] for name in names if isinstance(call.arguments.get(name), torch.Tensor)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ghostcacher.adapters.autocast import noted_within
 from ghostcacher.adapters.calls import CallReader
 from ghostcacher.adapters.kinds import kind_of, settled
 from ghostcacher.adapters.parts import Kind
@@ -26,13 +27,17 @@ class QuietCache(DynamicCache):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a probe showed of a model's cache: its layout, and the kind and device of each layer."""
+    """What a probe showed of a model's cache: its layout, and the kind and device of each layer.
+
+    ``autocasts`` are those that the model's ``forward`` itself turns on.
+    """
 
     layout: KVLayout
     kinds: tuple[Kind, ...]
     devices: tuple[torch.device, ...]
     config: Any
     extra: tuple[Any, ...] = ()
+    autocasts: tuple[str, ...] = ()
 
     @cached_property
     def stock_classes(self) -> list[type]:
@@ -70,7 +75,9 @@ def shape_of(module: Any) -> Shape:
     stock = len(cache.layers)
     cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
     tokens = max(PROBE_TOKENS, 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0))
-    run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
+    noted: list[tuple[str, ...]] = []
+    with noted_within(module, noted):
+        run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
     kinds = [settled(layer) for layer in cache.layers]
     extra = cache.layers[stock:]
     if any(kind.make(layer) is layer for kind, layer in zip(kinds[stock:], extra, strict=True)):
@@ -78,7 +85,8 @@ def shape_of(module: Any) -> Shape:
     pairs = list(zip(kinds, cache.layers, strict=True))
     keys = [kind.slices.tensors(layer)["keys"] for kind, layer in pairs if kind.slices and kind.name != "latent"]
     layout = KVLayout(tuple(kind.spec(layer) for kind, layer in pairs), rotation_of(module, keys))
-    return Shape(layout, tuple(kinds), tuple(_device(*pair) for pair in pairs), module.config, tuple(extra))
+    devices = tuple(_device(*pair) for pair in pairs)
+    return Shape(layout, tuple(kinds), devices, module.config, tuple(extra), noted[0] if noted else ())
 
 
 def run(module: Any, ids: torch.Tensor, cache: DynamicCache, start: int = 0, pads: int = 0) -> torch.Tensor:
