@@ -164,6 +164,20 @@ def test_however_many_threads_decode_the_bytes_are_the_same(codec, is_local, tie
                 )
 
 
+@pytest.mark.parametrize("codec", ["raw.z", "int8", "int4", "ec(0.5)"])
+def test_threads_write_to_memory_that_the_caller_took_in_inference_mode(codec, tier, idle):
+    """Of three blocks for two threads, the last is shared after each thread has decoded one alone."""
+    given = blocks(3)
+    made = tier(given, threads=2, codec=codec_named(codec))
+    expected = fetched(made, given)
+    for _ in range(10):
+        with torch.inference_mode():
+            found = fetched(made, given)
+        assert made.stats().rejected == 0
+        assert len(found) == 3
+        assert all(torch.equal(a, b) for digest in found for a, b in zip(found[digest], expected[digest], strict=True))
+
+
 @pytest.mark.parametrize("error", [BlockError("frame", "no"), ValueError("no"), MemoryError()])
 @pytest.mark.parametrize("broken", ["keys", "values"])
 def test_a_tensor_that_cannot_be_decoded_is_a_miss_of_its_block(error, broken, tier, idle, watch):
