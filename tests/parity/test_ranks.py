@@ -124,6 +124,7 @@ def test_state_that_is_valid_at_one_length_runs_cold_by_name(models):
     assert "tensor parallel" in (adapter.refusal or "")
 
 
+@pytest.mark.launched
 def test_the_example_says_what_each_rank_reused(tmp_path):
     example = ROOT / "examples/tensor_parallel.py"
     lines = [launch(example, "--directory", tmp_path).splitlines() for _ in range(2)]

@@ -11,7 +11,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason='Ray: pip install "ghostcacher[ray]"')
 pytest.importorskip("ray.serve", reason='Ray: pip install "ghostcacher[ray]"')
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
+pytestmark = [pytest.mark.launched, pytest.mark.filterwarnings("ignore")]  # Ray's own, of many kinds
 TEXT = "".join(chr(97 + number * number % 26) for number in range(400))
 
 
