@@ -88,10 +88,14 @@ class _Pool:
         self._idle = threading.Semaphore(threads)
 
     def help(self, work: _Work[_Item], wanted: int) -> list[Future[None]]:
-        """Let as many idle threads as are ``wanted``, and there are, run ``work``."""
+        """Let as many idle threads as are ``wanted``, and there are, run ``work``; none of a pool that is closed."""
         helping: list[Future[None]] = []
         while len(helping) < wanted and self._idle.acquire(blocking=False):
-            helping.append(self._executor.submit(self._run, work))
+            try:
+                helping.append(self._executor.submit(self._run, work))
+            except RuntimeError:  # it was closed meanwhile, or the interpreter ends
+                self._idle.release()
+                break
         return helping
 
     def close(self) -> None:

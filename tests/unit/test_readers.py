@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -140,6 +141,20 @@ def test_closed_readers_start_again(readers):
     readers(met(3), range(3))
     readers.close()
     assert not running()
+    readers(met(3), range(3))
+
+
+def test_without_threads_the_caller_does_it_all(readers, monkeypatch):
+    """What a pool says that was closed a moment ago, and any pool while the interpreter ends."""
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    names = set()
+    with monkeypatch.context() as closing:
+        closing.setattr(ThreadPoolExecutor, "submit", refuse)
+        readers(lambda _: names.add(threading.current_thread()), range(5))
+    assert names == {threading.current_thread()}
     readers(met(3), range(3))
 
 
