@@ -209,6 +209,7 @@ DEFECTS = (
     Defect("go on after an exception", "tiers/readers.py",
            "            self._left.clear()\n            self._errors.append", "            self._errors.append",
            "tests/unit/test_readers.py -k begun"),
-    Defect("keep a reader for itself", "tiers/readers.py", "            self._idle.release()", "            pass",
+    Defect("keep a reader for itself", "tiers/readers.py", "        finally:\n            self._idle.release()",
+           "        finally:\n            pass",
            "tests/unit/test_readers.py -k free"),
 )  # fmt: skip
