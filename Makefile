@@ -37,7 +37,7 @@ reliability: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Puts each of some eighty defects into a copy of the package, and sees that a named test fails (8 minutes).
+# Puts each of some eighty defects into a copy of the package, and sees that a named test fails (15 minutes).
 defects: $(VENV)/.dev
 	$(BIN)/python -m tests.defects
 

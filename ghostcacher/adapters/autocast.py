@@ -32,8 +32,9 @@ def no_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted_within(module: Any, noted: list[tuple[str, ...]]) -> Iterator[None]:
-    """Appends to ``noted`` what is on where this thread's forwards of ``module`` embed their tokens."""
+def noted_within(module: Any) -> Iterator[list[tuple[str, ...]]]:
+    """Notes what is on where this thread's forwards of ``module`` embed their tokens."""
+    noted: list[tuple[str, ...]] = []
     thread = threading.get_ident()
 
     def note(*_: object) -> None:
@@ -42,7 +43,7 @@ def noted_within(module: Any, noted: list[tuple[str, ...]]) -> Iterator[None]:
 
     handle = module.get_input_embeddings().register_forward_pre_hook(note)
     try:
-        yield
+        yield noted
     finally:
         handle.remove()
 

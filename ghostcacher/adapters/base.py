@@ -79,7 +79,7 @@ class ModelAdapter:
         self._is_ignored = is_frequencies if self.rope else None
         self._weights = WeightsFingerprint(self._is_ignored)
         self._is_prepared = False
-        self.is_mixed = False
+        self._is_mixed = False
         self._identifying = threading.RLock()
         self._known_weights: tuple[Weights, tuple[Any, ...]] = (Weights("", ""), ())
         self._known_config: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class ModelAdapter:
         if self._is_prepared or self.refusal:
             return
         self._is_prepared = True
-        self.is_mixed = autocast.is_prepared(module)
+        self._is_mixed = autocast.is_prepared(module)
         try:
             with autocast.no_autocast():
                 self._probe(module)
@@ -125,8 +125,8 @@ class ModelAdapter:
         """
         if self.shape is None:
             raise ValueError("the model's cache layout is not known")
-        if autocast.is_prepared(module) != self.is_mixed:
-            raise UnservedError("prepared for mixed precision, or taken back, after its first prompt")
+        if autocast.is_prepared(module) != self._is_mixed:
+            raise UnservedError("prepared for mixed precision, or taken back, since it was first looked at")
         found = walk(module, self._is_ignored)
         if found.is_hooked:
             raise UnservedError("hooks on the model's layers")

@@ -75,8 +75,7 @@ def shape_of(module: Any) -> Shape:
     stock = len(cache.layers)
     cache.layers[:] = [kind_of(layer).make(layer) for layer in cache.layers]
     tokens = max(PROBE_TOKENS, 1 + max((getattr(layer, "compress_rate", 0) for layer in cache.layers), default=0))
-    noted: list[tuple[str, ...]] = []
-    with noted_within(module, noted):
+    with noted_within(module) as noted:
         run(module, torch.zeros((1, tokens), dtype=torch.long), cache)
     kinds = [settled(layer) for layer in cache.layers]
     extra = cache.layers[stock:]

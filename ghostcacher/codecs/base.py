@@ -32,7 +32,7 @@ _Item = TypeVar("_Item")
 class Spread(Protocol):
     """Runs a function over items, on one thread or several. Inside of such a function it may be called again.
 
-    After an exception no further item begins; the first one is raised when all that had begun have ended.
+    After an exception no further item begins; when all that had begun have ended, it is raised, one of several.
     """
 
     def __call__(self, function: Callable[[_Item], None], items: Sequence[_Item], /) -> None:

@@ -157,7 +157,7 @@ def _verified(
     def decode(group: TensorGroup) -> None:
         tensors[group.name] = codec.decode(group, Piece.of(key), parts, room)
 
-    is_computed = codec.name != RawCodec.name
+    is_computed = codec.name != RawCodec.name  # raw tensors are the blob's own memory: no work to share
     (spread if is_computed else one_by_one)(decode, groups)
     return KVBlock(key, layout, tuple(tensors[group.name] for group in groups), lossy=claimed.lossy)
 

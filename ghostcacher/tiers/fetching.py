@@ -79,10 +79,10 @@ class Fetch:
         return self.spread if self.device.type == "cpu" else one_by_one
 
     def _take(self, batch: Sequence[BlockKey]) -> None:
-        self._shared(self._decode, list(self.read(batch)))
+        self._shared(self._place, list(self.read(batch)))
         self._own.scratch.settle()
 
-    def _decode(self, found: Found) -> None:
+    def _place(self, found: Found) -> None:
         block = self._decoded(*found)
         if block is not None:
             self.place(block)

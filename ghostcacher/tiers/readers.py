@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 READER_THREADS = 4
@@ -31,8 +31,12 @@ class Readers:
         work = _Work(function, items)
         wanted = min(self._helpers, len(items) - 1)
         helping = self._started().help(work, wanted) if wanted > 0 else []
-        work.run()
-        work.end(helping)
+        try:
+            work.run()
+        finally:
+            wait(helping)
+        for future in helping:
+            future.result()
 
     def close(self) -> None:
         """Stop the threads; a later call starts them again."""
@@ -48,12 +52,11 @@ class Readers:
 
 
 class _Work(Generic[_Item]):
-    """Items that threads take one by one; an exception lets nothing more begin."""
+    """Items that threads take one by one; an exception on any of them lets nothing more begin."""
 
     def __init__(self, function: Callable[[_Item], None], items: Sequence[_Item]) -> None:
         self._function = function
         self._left = deque(items)
-        self._errors: list[BaseException] = []
 
     def run(self) -> None:
         """Take items until none is left."""
@@ -64,19 +67,8 @@ class _Work(Generic[_Item]):
                 except IndexError:
                     return
                 self._function(item)
-        except BaseException as error:  # noqa: BLE001 (raised by `end`, on the thread that gave the work)
-            self._left.clear()
-            self._errors.append(error)
-
-    def end(self, helping: Sequence[Future[None]]) -> None:
-        """Wait for those who help, and raise the first exception."""
-        try:
-            for future in helping:
-                future.result()
         finally:
             self._left.clear()
-        if self._errors:
-            raise self._errors[0]
 
 
 class _Pool:

@@ -54,7 +54,7 @@ def test_what_the_model_computed_is_not_served_under_autocast(llama, store, with
             assert same(with_logits(llama, PROMPT), expected)
 
 
-def test_a_model_that_is_first_seen_under_autocast_is_served_without(store, tmp_path, with_logits):
+def test_a_model_that_is_first_seen_under_autocast_is_served_without(store, with_logits):
     model = tiny_model("llama", seed=6)
     with under():
         cache = GhostCache(model, store)
@@ -125,6 +125,6 @@ def test_a_model_that_is_prepared_after_its_first_prompt_runs_cold(store, with_l
     expected = with_logits(model, PROMPT)
     cache = GhostCache(model, store)
     assert same(with_logits(model, PROMPT, cache), expected)
-    assert cache.report.reason == "bypass: prepared for mixed precision, or taken back, after its first prompt"
+    assert cache.report.reason == "bypass: prepared for mixed precision, or taken back, since it was first looked at"
     store.flush()
     assert store.stats().tiers[0].stored == stored
