@@ -6,7 +6,7 @@ The demo's model in bf16. Fetch, verification, decoding and placing into private
 of some rounds. A codec pays over a link if its bytes take less time, by more than decoding takes: below the bandwidth
 where raw bytes saved over the link equal processor time spent, both measured here.
 
-Then one long block alone, torch on one thread: decoded by the caller's thread, and its keys and values by two.
+Then one long block alone, torch on one thread: decoded by the caller's thread, and its layers by two.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def long_block(block: KVBlock, tables: Tables) -> str:
     head = [
         f"One block of {LONG_BLOCK_TOKENS:,} tokens, verified and decoded into RAM, torch on one thread; milliseconds.",
         "",
-        "| codec | one thread | keys and values at once | times as fast |",
+        "| codec | one thread | two threads | times as fast |",
         "|---|--:|--:|--:|",
     ]
     return "\n".join([*head, *rows, ""])

@@ -18,7 +18,7 @@ import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
 from ghostcacher.cli.demo_model import load, real_text
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.research import evaluate
 
@@ -51,7 +51,9 @@ class Fp8:
         codes = (tensor.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8)
         return {f"{group.name}.scale": scale.view(1), f"{group.name}.codes": codes}
 
-    def decode(self, group: TensorGroup, piece: Piece, parts: Parts, room: Room = fresh) -> torch.Tensor:
+    def decode(
+        self, group: TensorGroup, piece: Piece, parts: Parts, room: Room = fresh, spread: Spread = one_by_one
+    ) -> torch.Tensor:
         """Back to the shape and dtype that the layout says."""
         values = parts[f"{group.name}.codes"].view(torch.float8_e4m3fn).float() * parts[f"{group.name}.scale"]
         return room(group.shape(piece.tokens), group.spec.torch_dtype).copy_(values)

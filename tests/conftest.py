@@ -242,7 +242,9 @@ def sums_with_outliers():
         codes = torch.randint(-127, 128, (3, 32, 64), generator=generator).float()
         codes[0, 3, 7], codes[2, 0, 63], codes[1, 5, :4] = 100_000, -40_000, 128
         coder = SymbolCoder("x", 3, 32, 64, Classes(torch.zeros((3, 32), dtype=torch.uint8)))
-        [found] = coder.unpack(coder.pack(codes))
+        unpacked = []
+        coder.unpack(coder.pack(codes), unpacked.append)
+        [found] = unpacked
         small, rest = found.in_int8()
         sums = torch.empty((3, 64, 32), device=device)
         products.product(small.to(device), basis.to(device), sums)

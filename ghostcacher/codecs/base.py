@@ -96,12 +96,13 @@ class TensorCodec(Codec, Protocol):
         ...
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """``[layers, *spec.shape]`` in the layout's dtype, in memory from ``room`` or shared with ``parts``.
 
-        ``parts`` are on the CPU; what there is to compute is computed where ``room`` is. Called on several threads at
-        once, with blocks and with tensors of one block.
+        ``parts`` are on the CPU; what there is to compute is computed where ``room`` is. ``spread`` may be asked to run
+        what is done to some layers beside what is done to others. Called on several threads at once.
 
         Raises:
             BlockError: ``frame``: a part is not what this codec writes.

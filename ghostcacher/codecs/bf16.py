@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Self
 
 import torch
 
 from ghostcacher.blocks import TOKENS, KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.grouping import check_finite
 from ghostcacher.codecs.header import TensorField
+from ghostcacher.codecs.symbols import runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,20 @@ class Bf16Codec:
         return {group.name: rounded}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """The tensor in the layout's dtype."""
         stored, shape = parts[group.name], group.shape(piece.tokens)
-        return room(shape, group.spec.torch_dtype).copy_(stored) if _is_coded(group) else stored.view(shape)
+        if not _is_coded(group):
+            return stored.view(shape)
+        decoded = room(shape, group.spec.torch_dtype)
+
+        def restore(run: slice) -> None:
+            decoded[run] = stored[run]
+
+        spread(restore, runs(len(decoded), prod(shape[1:])))
+        return decoded
 
 
 def _is_coded(group: TensorGroup) -> bool:

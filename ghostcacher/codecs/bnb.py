@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.grouping import check_finite, coded_tokens, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.errors import MissingExtraError
@@ -79,8 +79,9 @@ class _Bnb:
         return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """What bitsandbytes makes of codes and ``absmax``; the rest as it was."""
         coded, name = coded_tokens(group, piece), group.name
         if not coded:

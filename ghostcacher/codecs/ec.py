@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ghostcacher.blocks import KVLayout, Rotation, TensorGroup
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.classes import one_class
 from ghostcacher.codecs.entropy import require
 from ghostcacher.codecs.frames import MOST_ADDED
@@ -34,7 +34,7 @@ from ghostcacher.codecs.grouping import (
 )
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.heads import Heads, Lines
-from ghostcacher.codecs.symbols import SymbolCoder
+from ghostcacher.codecs.symbols import Codes, SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
 STEP_RANGE = (0.01, 8.0)
@@ -118,8 +118,9 @@ class EntropyCodec:
         return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """Code x step + mean in fp32, turned as the model had it, then the layout's dtype.
 
         Raises:
@@ -133,9 +134,12 @@ class EntropyCodec:
         step = parts[f"{name}.step"].float()[:, None, None]
         heads = self._heads(group, piece, coded)
         back = Lines(heads, mean, step, decoded)
-        for codes in _coder(name, heads, len(step)).unpack(parts):
+
+        def restore(codes: Codes) -> None:
             codes.put(back.room(codes.layers))
             back.write(codes.layers, added=codes.added)
+
+        _coder(name, heads, len(step)).unpack(parts, restore, spread)
         return put_kept(group, decoded, piece, coded, parts)
 
     def _heads(self, group: TensorGroup, piece: Piece, coded: int) -> Heads:

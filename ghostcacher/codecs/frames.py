@@ -96,7 +96,7 @@ def lent(frame: memoryview, count: int) -> torch.Tensor:
     return found
 
 
-def spread(frame: memoryview, width: int, apart: int, into: torch.Tensor, *, less: int = 0) -> None:
+def unpack_into(frame: memoryview, width: int, apart: int, into: torch.Tensor, *, less: int = 0) -> None:
     """The symbols of one frame, less something, into ``into`` ``[rows, columns]`` U8.
 
     Raises:

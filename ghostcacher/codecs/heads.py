@@ -9,6 +9,7 @@ pieces.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from math import gcd
 
@@ -90,10 +91,22 @@ class Heads:
         return torch.unflatten(columns, -2, (-1, self.phases))
 
 
+class _Own(threading.local):
+    """What each thread restores layers in: ``lines`` of numbers, and views of it and what follows, by block."""
+
+    def __init__(self) -> None:
+        self.lines = torch.empty(0, device="cpu")
+        self.blocks: list[torch.Tensor] = []
+        self.planes: list[torch.Tensor] = []
+        self.casts: list[torch.Tensor] = []
+        self.by_head: list[torch.Tensor] = []
+
+
 class Lines:
     """Numbers to state: mean + slope * number in fp32, turned, by head, into ``decoded``, some layers at a time.
 
-    ``mean`` is ``[layers, groups, w]``, in `Heads.order`, and so is ``slope``, or ``[layers, 1, 1]``; ``decoded`` is
+    Threads may work on different layers at once, each in memory of its own. ``mean`` is ``[layers, groups, w]``, in
+    `Heads.order`, and so is ``slope``, or ``[layers, 1, 1]``; ``decoded`` is
     ``[layers, heads, at least the tokens, channels]``.
     """
 
@@ -103,30 +116,31 @@ class Lines:
         self._slopes = self._by_plane(self._slope)
         self._offsets: dict[int, list[torch.Tensor]] = {}
         self._places = heads.blocks(torch.unflatten(decoded[:, :, : heads.tokens], 1, (heads.groups, heads.heads)))
-        self._lines = torch.empty(0, device="cpu")
+        self._own = _Own()
         if heads.turn is not None:
             self._cosine, self._sine = _over_heads(heads.turn, heads.heads, heads.phases, self._device)
 
     def room(self, layers: slice) -> torch.Tensor:
         """Where numbers of ``layers`` go before `write`: fp32 ``[layers, groups, tokens * w]``; see `Heads.by_block`.
 
-        It is used again and again.
+        It is the calling thread's, and used again and again.
         """
         count = layers.stop - layers.start
-        if len(self._lines) != count:
+        if len(self._own.lines) != count:
             self._make_room(count)
-        return self._lines
+        return self._own.lines
 
     def write(self, layers: slice, added: int = 0) -> None:
         """Restore ``layers``, whose numbers are where `room` said, with something ``added`` to each."""
-        for offset, slope, block in zip(self._offset_by(added), self._slopes, self._blocks, strict=True):
+        own = self._own
+        for offset, slope, block in zip(self._offset_by(added), self._slopes, own.blocks, strict=True):
             torch.addcmul(offset[layers], block, slope[layers], out=block)
         if self._heads.turn is not None:
-            self._turn()
+            self._turn(own.blocks[0], own.planes[0])
         # Cast first, then put by head: torch is slow at both at once.
-        for cast, plane in zip(self._casts, self._planes, strict=True):
+        for cast, plane in zip(own.casts, own.planes, strict=True):
             cast.copy_(plane)
-        for place, by_head in zip(self._places, self._by_head, strict=True):
+        for place, by_head in zip(self._places, own.by_head, strict=True):
             place[layers].copy_(by_head)
 
     def _offset_by(self, added: int) -> list[torch.Tensor]:
@@ -142,26 +156,25 @@ class Lines:
         return [part.reshape(*part.shape[:2], planes, 1, 1, -1) for part, (planes, _) in parts]
 
     def _make_room(self, layers: int) -> None:
-        heads = self._heads
+        heads, own = self._heads, self._own
         shape = (layers, heads.groups, heads.tokens * sum(heads.widths))
-        self._lines = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._blocks = heads.by_block(self._lines)
-        self._planes = [plane for block in self._blocks for plane in block.unbind(2)]
+        own.lines = torch.empty(shape, dtype=torch.float32, device=self._device)
+        own.blocks = heads.by_block(own.lines)
+        own.planes = [plane for block in own.blocks for plane in block.unbind(2)]
         if heads.turn is not None:
-            self._planes[0] = torch.empty_like(self._planes[0], memory_format=torch.contiguous_format)
-        self._casts: list[torch.Tensor] = []
-        self._by_head = []
+            own.planes[0] = torch.empty_like(own.planes[0], memory_format=torch.contiguous_format)
+        own.casts, own.by_head = [], []
         for (planes, channels), width in zip(heads.shapes, heads.widths, strict=True):
             cast = torch.empty((*shape[:2], heads.tokens, width), dtype=self._dtype, device=self._device)
             by_phase = cast.view(*shape[:2], -1, heads.phases, planes, heads.heads * channels)
-            self._casts += by_phase.permute(0, 1, 4, 3, 2, 5).unbind(2)
+            own.casts += by_phase.permute(0, 1, 4, 3, 2, 5).unbind(2)
             by_head = cast.view(*shape[:2], heads.tokens, planes, heads.heads, channels)
-            self._by_head.append(by_head.permute(0, 1, 4, 2, 3, 5))
+            own.by_head.append(by_head.permute(0, 1, 4, 2, 3, 5))
 
-    def _turn(self) -> None:
-        """Leave turned first channels in a plane of their own, second ones in place."""
-        first, second = self._blocks[0].unbind(2)
-        torch.mul(first, self._cosine, out=self._planes[0]).addcmul_(second, self._sine, value=-1)
+    def _turn(self, block: torch.Tensor, turned: torch.Tensor) -> None:
+        """Put turned first channels into a plane of their own, leave second ones in place."""
+        first, second = block.unbind(2)
+        torch.mul(first, self._cosine, out=turned).addcmul_(second, self._sine, value=-1)
         second.mul_(self._cosine).addcmul_(first, self._sine)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.grouping import (
     check_finite,
     coded_tokens,
@@ -86,8 +86,9 @@ class Int4Codec:
         return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """Code x step + near in fp32, then the layout's dtype; sinks and rest as they were."""
         coded = _coded(group, piece)
         if not coded:
@@ -101,7 +102,7 @@ class Int4Codec:
             low.copy_(packed[run] & _LOW)
             high.copy_(packed[run] >> _BITS)
 
-        from_codes(group, parts, STEPS, packed, decoded, unpack)
+        from_codes(group, parts, STEPS, packed, decoded, unpack, spread)
         return put_kept(group, decoded, piece, coded, parts)
 
 

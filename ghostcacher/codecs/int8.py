@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.grouping import coded_tokens, grouped, kept, put_kept, rest_fields
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.uniform import end_fields, from_codes, to_codes
@@ -55,15 +55,16 @@ class Int8Codec:
         return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """Code x step + near in fp32, then the layout's dtype; the rest as it was."""
         coded = coded_tokens(group, piece)
         if not coded:
             return parts[f"{group.name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         codes = grouped(group, on_device(parts[f"{group.name}.codes"], decoded.device))
-        from_codes(group, parts, STEPS, codes, decoded, lambda run, values: _copy(codes[run], values))
+        from_codes(group, parts, STEPS, codes, decoded, lambda run, values: _copy(codes[run], values), spread)
         return put_kept(group, decoded, piece, coded, parts)
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import Piece, Room, fresh
+from ghostcacher.codecs.base import Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.ec import checked_step
 from ghostcacher.codecs.entropy import require
 from ghostcacher.codecs.grouping import (
@@ -33,7 +33,7 @@ from ghostcacher.codecs.grouping import (
 from ghostcacher.codecs.header import TensorField
 from ghostcacher.codecs.heads import Heads, Lines
 from ghostcacher.codecs.products import add_outliers, product
-from ghostcacher.codecs.symbols import CODE_LIMIT, SymbolCoder
+from ghostcacher.codecs.symbols import CODE_LIMIT, Codes, SymbolCoder
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
 from ghostcacher.errors import BlockError, ConfigurationError
 from ghostcacher.transfers import on_device
@@ -118,8 +118,9 @@ class KvtCodec:
         return {**parts, **kept(group, tensor, piece, coded)}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """Mean + c x scale x (basis x codes), turned as the model had it, then the layout's dtype.
 
         Raises:
@@ -133,7 +134,8 @@ class KvtCodec:
         heads = self._heads(group, table, piece, coded)
         mean, basis, scale = table.in_planes(heads, decoded.device)
         back = Lines(heads, mean, scale * self.c, decoded)
-        for codes in self._coder(group, coded).unpack(parts):
+
+        def restore(codes: Codes) -> None:
             small, rest = codes.in_int8()
             matrices = basis[codes.layers].flatten(0, 1)
             given = on_device(small, decoded.device).view(len(matrices), -1, coded)
@@ -141,6 +143,8 @@ class KvtCodec:
             product(given, matrices, numbers)
             add_outliers(numbers, matrices, rest)
             back.write(codes.layers)
+
+        self._coder(group, coded).unpack(parts, restore, spread)
         return put_kept(group, decoded, piece, coded, parts)
 
     @property

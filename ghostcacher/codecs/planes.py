@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.entropy import compress, decompress, require
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.symbols import runs
@@ -77,8 +77,9 @@ class PlaneCodec:
         }
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """The tensor, bit for bit.
 
         Raises:
@@ -92,10 +93,14 @@ class PlaneCodec:
             raise BlockError("frame", f"{name}: sizes that do not fit the frames")
         decoded = room(shape, group.spec.torch_dtype)
         integers = decoded.view(-1).view(_INTEGERS[group.spec.dtype]).view(len(noise), -1)
-        for run, frame in zip(runs(*integers.shape), torch.split(frames, sizes.tolist()), strict=True):
+
+        def restore(coded: tuple[slice, torch.Tensor]) -> None:
+            run, frame = coded
             rows = integers[run]
             exponents = torch.frombuffer(bytearray(decompress(frame.numpy().data, rows.numel())), dtype=torch.uint8)
             _put(rows, on_device(exponents.view(rows.shape), rows.device), on_device(noise[run], rows.device))
+
+        spread(restore, list(zip(runs(*integers.shape), torch.split(frames, sizes.tolist()), strict=True)))
         return decoded
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ghostcacher.blocks import KVLayout, TensorGroup
-from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, fresh
+from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Piece, Room, Spread, fresh, one_by_one
 from ghostcacher.codecs.header import TensorField
 
 
@@ -37,7 +37,8 @@ class RawCodec:
         return {group.name: tensor}
 
     def decode(
-        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh
-    ) -> torch.Tensor:
+        self, group: TensorGroup, piece: Piece, parts: Mapping[str, torch.Tensor], room: Room = fresh,
+        spread: Spread = one_by_one,
+    ) -> torch.Tensor:  # fmt: skip
         """The tensor itself; shares memory with ``parts``."""
         return parts[group.name].view(group.shape(piece.tokens))

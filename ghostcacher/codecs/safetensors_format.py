@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from ghostcacher.blocks import DTYPES, KVBlock, KVLayout, TensorGroup
+from ghostcacher.blocks import DTYPES, KVBlock, KVLayout
 from ghostcacher.codecs.base import SAFETENSORS_DTYPES, Codec, Piece, Room, Spread, TensorCodec, fresh, one_by_one
 from ghostcacher.codecs.header import (
     ITEM_BYTES,
@@ -113,7 +113,7 @@ def decode_blob(
 ) -> KVBlock:  # fmt: skip
     """Verify ``blob`` as exactly ``key`` in ``layout`` and decode it.
 
-    The block's tensors lie in memory from ``room``, or share that of ``blob``; ``spread`` decodes them.
+    The block's tensors lie in memory from ``room``, or share that of ``blob``; ``spread`` decodes their layers.
 
     Any codec that ``find`` knows (all of this version) is read, whatever the store writes now.
 
@@ -126,7 +126,8 @@ def decode_blob(
     if exact_only and claimed.lossy:
         raise BlockError("lossy", "a lossy block in an exact store")
     try:
-        return _verified(blob, claimed, key, layout, find, room, spread)
+        with torch.inference_mode(mode=False):  # a thread's own: else others could not write to what this one makes
+            return _verified(blob, claimed, key, layout, find, room, spread)
     except BlockError:
         raise
     except (ConfigurationError, MissingExtraError) as error:
@@ -152,14 +153,9 @@ def _verified(
         raise BlockError("geometry", "the header is not the one that this layout and codec give")
     check_digest(blob)
     parts = _parts(blob, end, fields)
-    groups, tensors = layout.groups_of(key), dict[str, torch.Tensor]()
-
-    def decode(group: TensorGroup) -> None:
-        tensors[group.name] = codec.decode(group, Piece.of(key), parts, room)
-
-    is_computed = codec.name != RawCodec.name  # raw tensors are the blob's own memory: no work to share
-    (spread if is_computed else one_by_one)(decode, groups)
-    return KVBlock(key, layout, tuple(tensors[group.name] for group in groups), lossy=claimed.lossy)
+    groups, piece = layout.groups_of(key), Piece.of(key)
+    tensors = tuple(codec.decode(group, piece, parts, room, spread) for group in groups)
+    return KVBlock(key, layout, tensors, lossy=claimed.lossy)
 
 
 def blob_fields(

@@ -7,15 +7,16 @@ a run, the rows of one class make one of the `frames`, with a Huffman table that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 
+from ghostcacher.codecs.base import Spread, one_by_one
 from ghostcacher.codecs.classes import Classes
-from ghostcacher.codecs.frames import ADDED, MOST_ADDED, Frame, Run, lent, smallest, spread
+from ghostcacher.codecs.frames import ADDED, MOST_ADDED, Frame, Run, lent, smallest, unpack_into
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
@@ -27,9 +28,9 @@ PLACES_LIMIT = 2**31
 Parts = Mapping[str, torch.Tensor]
 
 
-def runs(layers: int, values: int, most: int = RUN_VALUES) -> list[slice]:
-    """Layers taken together: as many as hold ``most`` values, at least one; ``values`` are those of one."""
-    step = max(1, most // max(1, values))
+def runs(layers: int, values: int) -> list[slice]:
+    """Layers taken together: as many as hold `RUN_VALUES`, at least one; ``values`` are those of one."""
+    step = max(1, RUN_VALUES // max(1, values))
     return [slice(begin, min(begin + step, layers)) for begin in range(0, layers, step)]
 
 
@@ -69,6 +70,15 @@ class Codes:
         if len(self.outliers):
             places = torch.from_numpy(self.outliers.places).to(into.device)
             into.view(-1).put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A run of ``layers``: its ``frames``, each with how many codes share a byte, and outliers."""
+
+    layers: slice
+    frames: Sequence[tuple[memoryview, int]]
+    outliers: Outliers
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +137,16 @@ class SymbolCoder:
             f"{name}.outlier_planes": _bytes(packed(outliers)),
         }
 
-    def unpack(self, parts: Parts) -> Iterator[Codes]:
-        """All codes, some layers at a time.
+    def unpack(self, parts: Parts, take: Callable[[Codes], None], spread: Spread = one_by_one) -> None:
+        """Give ``take`` all codes, one run of layers at a time on each thread that ``spread`` has.
 
         Raises:
             BlockError: ``frame``: sizes, widths or codes that `pack` does not write.
         """
+        spread(lambda coded: take(self._codes(coded)), self._coded(parts))
+
+    def _coded(self, parts: Parts) -> list[_Coded]:
+        """The runs as they are stored."""
         sizes, widths = parts[f"{self.name}.sizes"].tolist(), parts[f"{self.name}.codes_a_byte"].tolist()
         flat, data = [size for own in sizes for size in own], parts[f"{self.name}.frames"].numpy().data
         if min(flat, default=0) < 0 or sum(flat) != len(data):
@@ -142,11 +156,17 @@ class SymbolCoder:
         codes = [(run.stop - run.start) * self.rows * self.columns for run in several]
         counts = parts[f"{self.name}.outlier_counts"].tolist()
         outliers = unpacked(parts[f"{self.name}.outlier_planes"].numpy().data, counts, codes)
-        for run, own, found in zip(several, widths, outliers, strict=True):
-            symbols, added = self._unpacked([(next(frames), width) for width in own], run)
-            yield Codes(run, symbols.view(-1, self.rows, self.columns), added, found, is_lent=own == [1])
+        return [
+            _Coded(run, [(next(frames), width) for width in own], found)
+            for run, own, found in zip(several, widths, outliers, strict=True)
+        ]
 
-    def _unpacked(self, frames: list[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
+    def _codes(self, coded: _Coded) -> Codes:
+        symbols, added = self._unpacked(coded.frames, coded.layers)
+        is_lent = [width for _, width in coded.frames] == [1]
+        return Codes(coded.layers, symbols.view(-1, self.rows, self.columns), added, coded.outliers, is_lent)
+
+    def _unpacked(self, frames: Sequence[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
         """Symbols of one run, ``[rows, columns]``, and what was added to all its codes; see `Codes`."""
         rows = (run.stop - run.start) * self.rows
         if [width for _, width in frames] == [1]:
@@ -154,11 +174,11 @@ class SymbolCoder:
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
         if len(frames) == 1:
             [(frame, width)] = frames
-            spread(frame, width, self.apart, symbols)
+            unpack_into(frame, width, self.apart, symbols)
             return symbols, ADDED[width]
         counts, places = self.classes.sorted(run)
         for (frame, width), part in zip(frames, torch.split(symbols, counts), strict=True):
-            spread(frame, width, self.apart, part, less=ADDED.get(width, 0))
+            unpack_into(frame, width, self.apart, part, less=ADDED.get(width, 0))
         return symbols.index_select(0, places).view(torch.int8), 0
 
 

@@ -9,11 +9,13 @@ bf16 is coarser than 8-bit codes of keys that lie far from zero.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
 
 from ghostcacher.blocks import TensorGroup
+from ghostcacher.codecs.base import Spread, one_by_one
 from ghostcacher.codecs.fused import restored
 from ghostcacher.codecs.grouping import GROUP_TOKENS, check_finite, grid, group_axis, grouped, grouped_shape
 from ghostcacher.codecs.header import TensorField
@@ -23,7 +25,6 @@ Parts = Mapping[str, torch.Tensor]
 Unpack = Callable[[slice, torch.Tensor], None]
 """Writes the codes of some layers into fp32 memory, `grouped`."""
 
-_AT_ONCE = 2**21
 _BYTE = 255
 _FP16_EXPONENT = 15
 _SHIFT_LIMIT = 110
@@ -48,7 +49,7 @@ def to_codes(group: TensorGroup, tensor: torch.Tensor, steps: int) -> tuple[torc
     codes = torch.empty(grouped_shape(group, tensor.shape), dtype=torch.uint8, device=tensor.device)
     near, far = (torch.empty(grid(group, tensor.shape[2]), dtype=half, device=tensor.device) for _ in range(2))
     # Fresh memory costs more than coding does: a part at a time takes the same again and again.
-    for run in runs(len(tensor), tensor[:1].numel(), _AT_ONCE):
+    for run in runs(len(tensor), tensor[:1].numel()):
         shift = parts.get(f"{group.name}.shift")
         values = tensor[run] if shift is None else _times(tensor[run], shift[run, None, None, None])
         codes[run], near[run], far[run] = _coded(group, values.to(half).float(), steps)
@@ -76,35 +77,50 @@ def _ends(values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_codes(
-    group: TensorGroup, parts: Parts, steps: int, codes: torch.Tensor, decoded: torch.Tensor, unpack: Unpack
-) -> None:
+    group: TensorGroup, parts: Parts, steps: int, codes: torch.Tensor, decoded: torch.Tensor, unpack: Unpack,
+    spread: Spread = one_by_one,
+) -> None:  # fmt: skip
     """What `to_codes` made, back to the first tokens of ``decoded`` ``[layers, heads, tokens, channels]``.
 
-    ``codes`` are `grouped`, whole or two to a byte. In one pass if `fused` has one, else some layers at a time through
+    ``codes`` are `grouped`, whole or two to a byte. Some layers at a time: in one pass if `fused` has one, else through
     fp32, whose codes ``unpack`` writes.
     """
     axis, name, is_keys = group_axis(group), group.name, group.spec.role == "keys"
     near = parts[f"{name}.near"].to(decoded.device).float()
     step = (parts[f"{name}.far"].to(decoded.device).float() - near) / steps
-    if restored(codes, near, step, decoded, is_keys=is_keys, is_halved=steps < _BYTE):
-        return
-    coded = near.shape[2] * (GROUP_TOKENS if is_keys else 1)
-    near, step, into = near.unsqueeze(axis), step.unsqueeze(axis), decoded[..., :coded, :]
-    shift = parts.get(f"{name}.shift")
+    into = decoded[..., : near.shape[2] * (GROUP_TOKENS if is_keys else 1), :]
+    shift, own = parts.get(f"{name}.shift"), _Own()
     back = None if shift is None else torch.exp2(-shift.to(decoded.device).float()).view(-1, 1, 1, 1, 1)
-    several = runs(len(into), into[0].numel(), _AT_ONCE) if len(into) else []
-    room = torch.empty(grouped_shape(group, into[: several[0].stop].shape), device=into.device, dtype=torch.float32)
-    for run in several:
-        values = room[: run.stop - run.start]
+
+    def restore(run: slice) -> None:
+        if restored(codes[run], near[run], step[run], decoded[run], is_keys=is_keys, is_halved=steps < _BYTE):
+            return
+        values, slope, offset = own.room(group, into[run]), step[run].unsqueeze(axis), near[run].unsqueeze(axis)
         unpack(run, values)
         # One pass is faster over contiguous channels, two where each row has one number.
         if is_keys:
-            torch.addcmul(near[run], values, step[run], out=values)
+            torch.addcmul(offset, values, slope, out=values)
         else:
-            values.mul_(step[run]).add_(near[run])
+            values.mul_(slope).add_(offset)
         if back is not None:
             values.mul_(back[run])
         into[run] = values.view(into[run].shape)
+
+    spread(restore, runs(len(into), into[:1].numel()))
+
+
+class _Own(threading.local):
+    """Memory that each thread restores layers in, again and again."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, device="cpu")
+
+    def room(self, group: TensorGroup, into: torch.Tensor) -> torch.Tensor:
+        """Fp32, on the device and of the shape of ``into``, `grouped`."""
+        shape = grouped_shape(group, into.shape)
+        if self._kept.shape != shape:
+            self._kept = torch.empty(shape, device=into.device, dtype=torch.float32)
+        return self._kept
 
 
 def _shift(group: TensorGroup, tensor: torch.Tensor) -> torch.Tensor:

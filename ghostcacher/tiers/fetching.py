@@ -49,7 +49,7 @@ class Fetch:
     """Blocks of ``layout`` from ``read`` to ``place``, decoded on ``device``, by the threads that ``spread`` has.
 
     Threads that have nothing to read decode, into RAM, what others have read: its blocks, and where torch leaves
-    processors idle the tensors of large ones. Each blob is told to ``verified``, or with the reason to ``rejected``.
+    processors idle the layers of large ones. Each blob is told to ``verified``, or with the reason to ``rejected``.
     """
 
     layout: KVLayout

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import ghostcacher
 from ghostcacher import GhostCache, lookup
 from ghostcacher.cli.calibrate import register
-from ghostcacher.codecs.base import fresh
+from ghostcacher.codecs.base import fresh, one_by_one
 from ghostcacher.codecs.int8 import Int8Codec
 from ghostcacher.codecs.kvt import KvtCodec
 from ghostcacher.codecs.quality import divergence
@@ -207,8 +207,8 @@ class Ruining(Int8Codec):
 
     name = "ruining"
 
-    def decode(self, group, piece, parts, room=fresh):
-        return Int8Codec.decode(self, group, piece, parts, room).fill_(torch.nan)
+    def decode(self, group, piece, parts, room=fresh, spread=one_by_one):
+        return Int8Codec.decode(self, group, piece, parts, room, spread).fill_(torch.nan)
 
 
 def test_a_codec_that_refuses_or_ruins_the_state_has_no_cost(models, monkeypatch):

@@ -33,6 +33,12 @@ from ghostcacher.testing.codec import block, group
 ROTATION = Rotation(tuple(10000 ** (-n / 8) for n in range(8)))
 
 
+def all_codes(coder, parts):
+    found = []
+    coder.unpack(parts, found.append)
+    return found
+
+
 def bits(parts, tensor):
     return sum(part.numel() * part.element_size() for part in parts.values()) * 8 / tensor.numel()
 
@@ -238,7 +244,7 @@ def test_outliers_are_at_their_own_places():
     wanted = {2**24 + 13: 300.0, 7: -4000.0}
     for place, code in wanted.items():
         codes[0, 0, place] = code
-    [found] = coder.unpack(coder.pack(codes))
+    [found] = all_codes(coder, coder.pack(codes))
     back = torch.empty(codes.numel())
     found.put(back)
     back -= found.added
@@ -256,7 +262,7 @@ def test_any_codes_come_back(data):
     count = data.draw(st.sampled_from([1, 3]))
     classes = Classes(torch.randint(0, count, (layers, rows), generator=generator).to(torch.uint8), count)
     coder = SymbolCoder("x", layers, rows, columns, classes, apart)
-    for found in coder.unpack(coder.pack(codes)):
+    for found in all_codes(coder, coder.pack(codes)):
         wanted = codes[found.layers]
         plain = torch.empty_like(wanted)
         found.put(plain)
@@ -271,7 +277,7 @@ def test_any_codes_come_back(data):
 def test_layers_are_unpacked_a_run_at_a_time_in_their_order():
     codes = torch.arange(7).view(7, 1, 1).expand(7, 4, RUN_VALUES // 8).float()
     coder = SymbolCoder("x", 7, 4, RUN_VALUES // 8, Classes(torch.zeros((7, 4), dtype=torch.uint8)))
-    found = list(coder.unpack(coder.pack(codes)))
+    found = all_codes(coder, coder.pack(codes))
     assert [one.layers for one in found] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
     assert [(one.symbols[:, 0, 0].int() - one.added).tolist() for one in found] == [[0, 1], [2, 3], [4, 5], [6]]
 
@@ -302,7 +308,7 @@ def test_outliers_out_of_order_or_place_are_refused(pairs):
     places, found = np.array(pairs).T
     parts["x.outlier_planes"] = torch.frombuffer(bytearray(packed([Outliers(places, found)])), dtype=torch.uint8)
     with pytest.raises(BlockError, match="frame"):
-        list(coder.unpack(parts))
+        all_codes(coder, parts)
 
 
 @settings(max_examples=200, deadline=None)
@@ -341,7 +347,7 @@ def test_counts_of_outliers_that_cannot_be_are_refused(counts):
     codes[..., 5] = 300.0
     parts = {**coder.pack(codes), "x.outlier_counts": torch.tensor(counts, dtype=torch.int32)}
     with pytest.raises(BlockError, match="frame"):
-        list(coder.unpack(parts))
+        all_codes(coder, parts)
 
 
 @pytest.mark.parametrize("width", [0, 3, 4, 255])
@@ -355,7 +361,7 @@ def test_codes_a_byte_that_pack_does_not_write_are_refused(width, place):
     parts["x.codes_a_byte"][0, place] = width
     if (width, place) != (0, 1):
         with pytest.raises(BlockError, match="frame"):
-            list(coder.unpack(parts))
+            all_codes(coder, parts)
 
 
 @pytest.mark.parametrize("lends", [True, False])
@@ -375,7 +381,7 @@ def test_a_frame_of_one_code_a_byte_is_read_in_its_own_memory_and_never_changed(
     monkeypatch.setattr(frames, "decompress", noted)
     if not lends:
         monkeypatch.setattr(frames, "from_dlpack", refusing)
-    [found] = coder.unpack(parts)
+    [found] = all_codes(coder, parts)
     [data] = decompressed
     before = bytes(bytearray(data))
     assert (found.symbols.data_ptr() == np.frombuffer(data, dtype=np.uint8).ctypes.data) == lends
