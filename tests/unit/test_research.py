@@ -96,7 +96,7 @@ class Zeros:
     def encode(self, group, tensor, piece):
         return {f"{group.name}.nothing": torch.zeros(1, dtype=torch.uint8)}
 
-    def decode(self, group, piece, parts, room=None):
+    def decode(self, group, piece, parts, room=None, spread=None):
         return torch.zeros(group.shape(piece.tokens), dtype=group.spec.torch_dtype)
 
 
