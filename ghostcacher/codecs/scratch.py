@@ -13,7 +13,7 @@ from ghostcacher.transfers import Sending
 class Scratch:
     """A `Room` on ``device`` for one block at a time: what it gave is overwritten after `reuse`.
 
-    Several threads may decode parts of the block at once.
+    Several threads may ask for memory at once.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
