@@ -247,7 +247,7 @@ def sums_with_outliers():
         [found] = unpacked
         small, rest = found.in_int8()
         sums = torch.empty((3, 64, 32), device=device)
-        products.product(small.to(device), basis.to(device), sums)
+        products.product(small.view(3, 32, 64).to(device), basis.to(device), sums)
         products.add_outliers(sums, basis.to(device), rest)
         return sums.cpu(), torch.einsum("lwt,lwc->ltc", codes.double(), basis.double()).float()
 

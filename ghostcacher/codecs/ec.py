@@ -33,12 +33,13 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.heads import Heads, Lines
+from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.lines import Lines
+from ghostcacher.codecs.orders import PhaseByPhase
 from ghostcacher.codecs.symbols import Codes, SymbolCoder
 from ghostcacher.errors import ConfigurationError
 
 STEP_RANGE = (0.01, 8.0)
-PHASES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,9 @@ class EntropyCodec:
         layers, heads, _, channels = group.shape(coded)
         per_channel, name = (layers, heads * channels), group.name
         return (
-            TensorField(f"{name}.mean", "BF16", per_channel),
-            TensorField(f"{name}.step", "BF16", (layers,)),
-            *_coder(name, self._heads(group, piece, coded), layers).fields(),
+            TensorField(f"{name}.means", "BF16", per_channel),
+            TensorField(f"{name}.steps", "BF16", (layers,)),
+            *_coder(name, layers, coded * heads * channels).fields(),
             *sink_fields(group, sink_tokens(piece, coded)),
             *rest_fields(group, piece, coded),
         )
@@ -111,8 +112,8 @@ class EntropyCodec:
         largest = 1.5 * (values.abs().amax() + mean.float().abs().amax() + step.float().amax())
         check_finite(group, mean, step, first, largest.to(group.spec.torch_dtype), largest + MOST_ADDED * step.float())
         codes = values.div_(torch.where(step == 0, 1.0, step.float())[:, None, None]).round_()
-        parts = {f"{name}.mean": mean[:, 0], f"{name}.step": step}
-        parts |= _coder(name, heads, len(step)).pack(heads.lines(codes)[:, None])
+        parts = {f"{name}.means": mean[:, 0], f"{name}.steps": step}
+        parts |= _coder(name, len(step), codes[:1].numel()).pack(codes.flatten(1), PhaseByPhase(heads).arranged)
         if sinks:
             parts[f"{name}.sinks"] = first
         return {**parts, **kept(group, tensor, piece, coded)}
@@ -130,22 +131,25 @@ class EntropyCodec:
         if not coded:
             return parts[f"{name}.rest"].view(group.shape(piece.tokens))
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
-        mean = parts[f"{name}.mean"].float()[:, None]
-        step = parts[f"{name}.step"].float()[:, None, None]
+        mean = parts[f"{name}.means"].float()[:, None]
+        step = parts[f"{name}.steps"].float()[:, None, None]
         heads = self._heads(group, piece, coded)
-        back = Lines(heads, mean, step, decoded)
+        back = Lines(PhaseByPhase(heads), mean, step, decoded)
 
         def restore(codes: Codes) -> None:
-            codes.put(back.room(codes.layers))
-            back.write(codes.layers, added=codes.added)
+            if heads.turn is None:
+                # Then they lie as state does, and go into it at once.
+                codes = codes.in_one_phase(heads.channels)
+            codes.put(back.room(codes.layers, codes.width))
+            back.write(codes.layers, codes.width, codes.added)
 
-        _coder(name, heads, len(step)).unpack(parts, restore, spread)
+        _coder(name, len(step), decoded[:1, :, :coded].numel()).unpack(parts, restore, spread)
         return put_kept(group, decoded, piece, coded, parts)
 
     def _heads(self, group: TensorGroup, piece: Piece, coded: int) -> Heads:
         _, heads, _, channels = group.shape(coded)
         turn = turn_of(group, self.rotation, piece.start, coded)
-        return Heads(coded, heads, channels, turn, phases=PHASES)
+        return Heads(coded, heads, channels, turn)
 
 
 def checked_step(name: str, c: object) -> float:
@@ -160,9 +164,9 @@ def checked_step(name: str, c: object) -> float:
     return float(c)
 
 
-def _coder(name: str, heads: Heads, layers: int) -> SymbolCoder:
-    """All that a layer has is one row; a byte holds neighbours in time, which are alike."""
-    return SymbolCoder(name, layers, 1, heads.tokens * sum(heads.widths), one_class(layers), heads.apart)
+def _coder(name: str, layers: int, values: int) -> SymbolCoder:
+    """All ``values`` of a layer are one row."""
+    return SymbolCoder(name, layers, 1, values, one_class(layers))
 
 
 def _spread(values: torch.Tensor) -> torch.Tensor:

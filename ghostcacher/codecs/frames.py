@@ -1,15 +1,16 @@
 """One class of one run of codes as a zstd frame, and back.
 
-A byte holds 1, 2 or 4 codes, whatever makes the frame smallest: without it no code could take less than a bit.
+A byte holds 1, 2 or 4 codes, whatever makes the frame smallest: without it no code could take less than a bit. They are
+as far apart from each other as they can be: unpacking runs over long pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from ghostcacher.codecs.entropy import compress, decompress
@@ -27,13 +28,17 @@ _OUTLIER_BYTES = 2
 _OUTLIERS_SHARE = 0.02
 
 
+Arrange = Callable[[torch.Tensor, int], torch.Tensor]
+"""Codes ``[rows, columns]`` in the order in which they are packed, so many to a byte."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``codes`` ``[rows, columns]``, and those nearest to them in int8; ``apart`` as in `SymbolCoder`."""
+    """``codes`` ``[rows, columns]`` in fp32, and those nearest to them in int8; how they are ``arranged``."""
 
-    codes: NDArray[np.float32]
-    small: NDArray[np.int8]
-    apart: int
+    codes: torch.Tensor
+    small: torch.Tensor
+    arranged: Arrange
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +55,36 @@ class Frame:
         return len(self.data) + _OUTLIER_BYTES * len(self.outliers)
 
 
-def smallest(run: Run, chosen: NDArray[np.int64]) -> Frame:
-    """The frame of the rows ``chosen`` of ``run``; none if all their codes are 0."""
+def smallest(run: Run, chosen: torch.Tensor) -> Frame:
+    """The frame of the rows ``chosen`` of ``run``; none if all their codes are 0.
+
+    Where it is not of all rows, `Run.arranged` must leave them as they are.
+    """
     small = run.small[chosen] if len(chosen) < len(run.small) else run.small
-    if not small.any():
+    if not bool(small.any()):
         return Frame(b"", 0, Outliers.none())
     frames = [frame for width in WIDTHS if (frame := _frame(run, chosen, small, width)) is not None]
     return min(frames, key=lambda frame: frame.cost_bytes)
 
 
-def _frame(run: Run, chosen: NDArray[np.int64], small: NDArray[np.int8], width: int) -> Frame | None:
+def _frame(run: Run, chosen: torch.Tensor, small: torch.Tensor, width: int) -> Frame | None:
     added = ADDED[width]
     # Codes below the range wrap to its other side: one comparison finds both.
-    symbols = small.view(np.uint8) + np.uint8(added)
-    beyond = symbols >= 2 * added if width > 1 else (small == -added) | (small == added - 1)
-    if width > 1 and np.count_nonzero(beyond) > small.size * _OUTLIERS_SHARE:
+    symbols = run.arranged(small, width).reshape(-1).numpy().view(np.uint8) + np.uint8(added)
+    beyond = symbols >= 2 * added if width > 1 else (symbols == 0) | (symbols == 2 * added - 1)
+    if width > 1 and np.count_nonzero(beyond) > symbols.size * _OUTLIERS_SHARE:
         return None
     at = np.flatnonzero(beyond)
     row, column = np.divmod(at, small.shape[1])
-    places = chosen[row] * small.shape[1] + column
-    codes = run.codes.reshape(-1)[places]
+    places = chosen.numpy()[row] * small.shape[1] + column
+    codes = run.arranged(run.codes, width).reshape(-1).numpy()[places] if len(at) else np.empty(0, np.float32)
     is_out = (codes < -added) | (codes >= added)
     # An outlier is 0 here, which costs least.
-    symbols.reshape(-1)[at[is_out]] = added
-    parts = symbols.reshape(-1, width, run.apart or symbols.size // width)
-    packed = parts[:, 0].copy()
+    symbols[at[is_out]] = added
+    parts = symbols.reshape(width, -1)
+    packed = parts[0].copy()
     for number in range(1, width):
-        packed |= parts[:, number] << (8 // width * number)
+        packed |= parts[number] << (8 // width * number)
     return Frame(compress(packed.data), width, Outliers(places[is_out], codes[is_out]))
 
 
@@ -96,7 +104,7 @@ def lent(frame: memoryview, count: int) -> torch.Tensor:
     return found
 
 
-def unpack_into(frame: memoryview, width: int, apart: int, into: torch.Tensor, *, less: int = 0) -> None:
+def unpack_into(frame: memoryview, width: int, into: torch.Tensor, *, less: int = 0) -> None:
     """The symbols of one frame, less something, into ``into`` ``[rows, columns]`` U8.
 
     Raises:
@@ -105,14 +113,12 @@ def unpack_into(frame: memoryview, width: int, apart: int, into: torch.Tensor, *
     if width == 0 and not len(frame):
         into.zero_()
         return
-    if width not in WIDTHS or into.numel() % (width * max(apart, 1)) or not into.numel():
+    if width not in WIDTHS or into.numel() % width or not into.numel():
         raise BlockError("frame", f"{width} codes in a byte")
     # In NumPy: torch would copy bytes that it must not write to.
     packed = np.frombuffer(decompress(frame, into.numel() // width), dtype=np.uint8)
-    parts: NDArray[np.uint8] = into.numpy().reshape(-1, width, apart or len(packed))
-    packed, bits = packed.reshape(-1, parts.shape[2]), 8 // width
-    for number in range(width):
-        part = parts[:, number]
+    parts, bits = into.numpy().reshape(width, -1), 8 // width
+    for number, part in enumerate(parts):
         lowest = np.right_shift(packed, bits * number, out=part) if number else packed
         lowest = np.bitwise_and(lowest, 2**bits - 1, out=part) if number < width - 1 else lowest
         if less or lowest is packed:

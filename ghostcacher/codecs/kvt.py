@@ -31,7 +31,9 @@ from ghostcacher.codecs.grouping import (
     turn_of,
 )
 from ghostcacher.codecs.header import TensorField
-from ghostcacher.codecs.heads import Heads, Lines
+from ghostcacher.codecs.heads import Heads
+from ghostcacher.codecs.lines import Lines
+from ghostcacher.codecs.orders import TokenByToken
 from ghostcacher.codecs.products import add_outliers, product
 from ghostcacher.codecs.symbols import CODE_LIMIT, Codes, SymbolCoder
 from ghostcacher.codecs.tables import Table, Tables, TablesSource, is_digest
@@ -133,7 +135,7 @@ class KvtCodec:
         decoded = room(group.shape(piece.tokens), group.spec.torch_dtype)
         heads = self._heads(group, table, piece, coded)
         mean, basis, scale = table.in_planes(heads, decoded.device)
-        back = Lines(heads, mean, scale * self.c, decoded)
+        back = Lines(TokenByToken(heads), mean, scale * self.c, decoded)
 
         def restore(codes: Codes) -> None:
             small, rest = codes.in_int8()

@@ -16,7 +16,7 @@ import torch
 
 from ghostcacher.codecs.base import Spread, one_by_one
 from ghostcacher.codecs.classes import Classes
-from ghostcacher.codecs.frames import ADDED, MOST_ADDED, Frame, Run, lent, smallest, unpack_into
+from ghostcacher.codecs.frames import ADDED, MOST_ADDED, Arrange, Frame, Run, lent, smallest, unpack_into
 from ghostcacher.codecs.header import VARIABLE, TensorField
 from ghostcacher.codecs.outliers import Outliers, packed, unpacked
 from ghostcacher.errors import BlockError
@@ -34,18 +34,33 @@ def runs(layers: int, values: int) -> list[slice]:
     return [slice(begin, min(begin + step, layers)) for begin in range(0, layers, step)]
 
 
+def _as_they_are(codes: torch.Tensor, _width: int) -> torch.Tensor:
+    return codes
+
+
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Codes of ``layers``, as ``symbols`` ``[layers, rows, columns]``, and outliers.
+    """Codes of ``layers``, as ``symbols`` ``[n]``, and outliers, all in the order in which they were packed.
 
-    They are U8 with something ``added``, or int8 without. If ``is_lent``, they lie in memory that must not be changed.
+    They are U8 with something ``added``, or int8 without. ``width`` of them shared a byte; 1 where layers have several
+    frames, or none. If ``is_lent``, they lie in memory that must not be changed.
     """
 
     layers: slice
     symbols: torch.Tensor
     added: int
     outliers: Outliers
+    width: int = 1
     is_lent: bool = False
+
+    def in_one_phase(self, channels: int) -> Codes:
+        """These codes where they were in phases (see `orders`) of ``channels`` a token, token by token instead."""
+        if self.width == 1:
+            return self
+        symbols = torch.cat(self.symbols.view(self.width, -1, channels).unbind(), dim=-1)
+        phase, row, channel = np.unravel_index(self.outliers.places, (self.width, len(symbols), channels))
+        places = (row * self.width + phase) * channels + channel
+        return Codes(self.layers, symbols.view(-1), self.added, Outliers(places, self.outliers.codes))
 
     def in_int8(self) -> tuple[torch.Tensor, Outliers]:
         """What int8 holds of each code, and of those that are larger the rest, in units of 256.
@@ -54,7 +69,7 @@ class Codes:
         """
         small, codes = self._small(), self.outliers.codes.astype(np.int64)
         lowest = codes.astype(np.int8)
-        small.view(-1).numpy()[self.outliers.places] = lowest
+        small.numpy()[self.outliers.places] = lowest
         rest = Outliers(self.outliers.places, ((codes - lowest) // 256).astype(np.float32))
         return small, rest.where(rest.codes != 0)
 
@@ -65,11 +80,11 @@ class Codes:
         return torch.sub(self.symbols, self.added, out=own).view(torch.int8)
 
     def put(self, into: torch.Tensor) -> None:
-        """Write them, still with what was ``added``, to fp32 memory of that many."""
-        into.view(self.symbols.shape).copy_(on_device(self.symbols, into.device))
+        """Write them, still with what was ``added``, ``into`` fp32 memory ``[n]``."""
+        into.copy_(on_device(self.symbols, into.device))
         if len(self.outliers):
             places = torch.from_numpy(self.outliers.places).to(into.device)
-            into.view(-1).put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))
+            into.put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +98,13 @@ class _Coded:
 
 @dataclass(frozen=True, slots=True)
 class SymbolCoder:
-    """Codes ``[layers, rows, columns]`` under the name ``name``, rows in ``classes``: so many frames has a run.
-
-    Codes that share a byte stand ``apart`` from each other in their frame; 0: as far apart as it is long.
-    """
+    """Codes ``[layers, rows, columns]`` under the name ``name``, rows in ``classes``: so many frames has a run."""
 
     name: str
     layers: int
     rows: int
     columns: int
     classes: Classes
-    apart: int = 0
 
     @property
     def runs(self) -> list[slice]:
@@ -111,8 +122,8 @@ class SymbolCoder:
             TensorField(f"{name}.outlier_planes", "U8", (VARIABLE,)),
         )
 
-    def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`fields` of whole numbers ``codes`` in fp32.
+    def pack(self, codes: torch.Tensor, arranged: Arrange = _as_they_are) -> dict[str, torch.Tensor]:
+        """`fields` of whole numbers ``codes`` in fp32; they may be ``arranged`` anew if all rows are of one class.
 
         Raises:
             BlockError: ``geometry``: a run has 2^31 codes or more, whose places have no number.
@@ -123,9 +134,9 @@ class SymbolCoder:
         outliers: list[Outliers] = []
         for run in self.runs:
             rows = codes[run].reshape(-1, self.columns)
-            small = rows.clamp(-MOST_ADDED, MOST_ADDED - 1).to(torch.int8).cpu().numpy()
-            given = Run(rows.cpu().numpy(), small, self.apart)
-            own = [smallest(given, chosen.numpy()) for chosen in self.classes.chosen(run)]
+            small = rows.clamp(-MOST_ADDED, MOST_ADDED - 1).to(torch.int8).cpu()
+            given = Run(rows.cpu(), small, arranged)
+            own = [smallest(given, chosen) for chosen in self.classes.chosen(run)]
             frames += own
             outliers.append(Outliers.of([frame.outliers for frame in own]))
         shape, name = (-1, self.classes.count), self.name
@@ -162,24 +173,19 @@ class SymbolCoder:
         ]
 
     def _codes(self, coded: _Coded) -> Codes:
-        symbols, added = self._unpacked(coded.frames, coded.layers)
-        is_lent = [width for _, width in coded.frames] == [1]
-        return Codes(coded.layers, symbols.view(-1, self.rows, self.columns), added, coded.outliers, is_lent)
-
-    def _unpacked(self, frames: Sequence[tuple[memoryview, int]], run: slice) -> tuple[torch.Tensor, int]:
-        """Symbols of one run, ``[rows, columns]``, and what was added to all its codes; see `Codes`."""
-        rows = (run.stop - run.start) * self.rows
-        if [width for _, width in frames] == [1]:
-            return lent(frames[0][0], rows * self.columns).view(rows, self.columns), ADDED[1]
+        run, rows = coded.layers, (coded.layers.stop - coded.layers.start) * self.rows
+        if [width for _, width in coded.frames] == [1]:
+            symbols = lent(coded.frames[0][0], rows * self.columns)
+            return Codes(run, symbols, ADDED[1], coded.outliers, is_lent=True)
         symbols = torch.empty((rows, self.columns), dtype=torch.uint8, device="cpu")
-        if len(frames) == 1:
-            [(frame, width)] = frames
-            unpack_into(frame, width, self.apart, symbols)
-            return symbols, ADDED[width]
+        if len(coded.frames) == 1:
+            [(frame, width)] = coded.frames
+            unpack_into(frame, width, symbols)
+            return Codes(run, symbols.view(-1), ADDED[width], coded.outliers, max(width, 1))
         counts, places = self.classes.sorted(run)
-        for (frame, width), part in zip(frames, torch.split(symbols, counts), strict=True):
-            unpack_into(frame, width, self.apart, part, less=ADDED.get(width, 0))
-        return symbols.index_select(0, places).view(torch.int8), 0
+        for (frame, width), part in zip(coded.frames, torch.split(symbols, counts), strict=True):
+            unpack_into(frame, width, part, less=ADDED.get(width, 0))
+        return Codes(run, symbols.index_select(0, places).view(torch.int8).view(-1), 0, coded.outliers)
 
 
 def _bytes(data: bytes) -> torch.Tensor:
