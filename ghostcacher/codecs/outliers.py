@@ -70,15 +70,20 @@ def unpacked(data: memoryview, counts: Sequence[int], sizes: Sequence[int]) -> l
     total, (of_distance, of_code) = sum(counts), data[:_WIDTHS_BYTES] if len(data) >= _WIDTHS_BYTES else (0, 0)
     if not total and not len(data):
         return [Outliers.none()] * len(counts)
-    if not (0 < of_distance <= _NUMBER_BYTES and 0 < of_code <= _NUMBER_BYTES):
-        raise BlockError("frame", f"outliers of {of_distance} and {of_code} bytes")
+    if not (total and 0 < of_distance <= _NUMBER_BYTES and 0 < of_code <= _NUMBER_BYTES):
+        raise BlockError("frame", f"{total} outliers of {of_distance} and {of_code} bytes")
     frame = decompress(data[_WIDTHS_BYTES:], total * (of_distance + of_code))
     planes = np.frombuffer(frame, np.uint8).reshape(-1, total)
     distances, codes = _whole(planes[:of_distance]), _whole(planes[of_distance:]).astype(np.float32)
-    found, begin = [], 0
+    if distances.min() <= 0:
+        raise BlockError("frame", "outliers in another order")
+    found, begin, ends = [], 0, distances.cumsum()
     for count, size in zip(counts, sizes, strict=True):
         own = slice(begin, begin + count)
-        found.append(Outliers(_places(distances[own], size), codes[own]))
+        places = ends[own] - (ends[begin - 1] + 1 if begin else 1)
+        if count and places[-1] >= size:
+            raise BlockError("frame", "outliers outside their run")
+        found.append(Outliers(places, codes[own]))
         begin += count
     return found
 
@@ -95,11 +100,3 @@ def _whole(planes: NDArray[np.uint8]) -> NDArray[np.int64]:
         numbers <<= 8
         numbers |= plane
     return numbers
-
-
-def _places(distances: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    places = distances.cumsum()
-    places -= 1
-    if len(places) and not (distances.min() > 0 and places[-1] < size):
-        raise BlockError("frame", "outliers outside their run, or in another order")
-    return places

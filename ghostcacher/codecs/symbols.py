@@ -82,9 +82,12 @@ class Codes:
     def put(self, into: torch.Tensor) -> None:
         """Write them, still with what was ``added``, ``into`` fp32 memory ``[n]``."""
         into.copy_(on_device(self.symbols, into.device))
-        if len(self.outliers):
-            places = torch.from_numpy(self.outliers.places).to(into.device)
-            into.put_(places, torch.from_numpy(self.outliers.codes + self.added).to(into.device))
+        places, codes = self.outliers.places, self.outliers.codes + self.added
+        if into.device.type == "cpu":
+            # Twice as fast as `put_`.
+            into.numpy()[places] = codes
+        elif len(places):
+            into.put_(torch.from_numpy(places).to(into.device), torch.from_numpy(codes).to(into.device))
 
 
 @dataclass(frozen=True, slots=True)

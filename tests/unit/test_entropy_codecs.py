@@ -28,7 +28,7 @@ from ghostcacher.codecs.registry import codec_from, codec_named
 from ghostcacher.codecs.safetensors_format import CodecChain, decode_blob
 from ghostcacher.codecs.scratch import Scratch
 from ghostcacher.codecs.spoken import spoken
-from ghostcacher.codecs.symbols import RUN_VALUES, SymbolCoder
+from ghostcacher.codecs.symbols import RUN_VALUES, Codes, SymbolCoder
 from ghostcacher.errors import BlockError, ConfigurationError, MissingExtraError
 from ghostcacher.testing.codec import block, group
 
@@ -312,6 +312,20 @@ def test_codes_that_are_alike_cost_less_if_they_share_a_byte():
     assert frames(state) < 0.9 * frames(apart)
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_outliers_are_found_again_when_phases_are_put_together(width):
+    state = torch.arange(512.0).view(2, 1, 64, 4) % 2
+    state[0, 0, 5, 1], state[1, 0, 62, 3], state[1, 0, 3, 0] = 900.0, -700.0, 300.0
+    columns = state.transpose(1, 2).flatten(1)
+    order = PhaseByPhase(Heads(64, 1, 4, None))
+    symbols, places = order.arranged(columns, width).flatten(), order.arranged(columns, width).abs().flatten() > 99
+    found = Outliers(places.nonzero()[:, 0].numpy(), symbols[places].numpy())
+    phases = Codes(slice(0, 2), symbols.masked_fill(places, 0.0).to(torch.uint8), 0, found, width)
+    room = torch.empty(512)
+    phases.in_one_phase(4).put(room)
+    assert torch.equal(room.view(state.shape), state)
+
+
 @pytest.mark.parametrize(
     "pairs", [[(9, 300), (3, 300)], [(3, 300), (3, 301)], [(-1, 300)], [(64, 300)], [(2**31 - 2, 300), (2**31 - 1, 1)]]
 )
@@ -350,9 +364,13 @@ def test_outliers_come_back_wherever_they_stand_and_whatever_they_are(data):
      b"\1\5" + compress(b"\1" * 6), b"\1\1" + compress(b"\1" * 3), b"\1\1" + compress(b"\1" * 2) + b"more"],
 )  # fmt: skip
 def test_planes_of_outliers_that_packed_does_not_write_are_refused(data):
+    """Nor are any read where none are counted."""
     assert unpacked(memoryview(b"\1\1" + compress(b"\1\1")), [1], [9])[0].places.tolist() == [0]
     with pytest.raises(BlockError, match="frame"):
         unpacked(memoryview(data), [1], [9])
+    if data:
+        with pytest.raises(BlockError, match="frame"):
+            unpacked(memoryview(data), [0], [9])
 
 
 @pytest.mark.parametrize("counts", [[-1], [65], [2]])
