@@ -70,8 +70,9 @@ class Lines:
         return own.views[count, phases]
 
     def _memory(self, size: int) -> list[torch.Tensor]:
-        dtypes = torch.float32, torch.float32, self._decoded.dtype
-        return [torch.empty(size, dtype=dtype, device=self._decoded.device) for dtype in dtypes]
+        turned = 0 if self._order.heads.turn is None else size // 2
+        sizes = (size, torch.float32), (turned, torch.float32), (size, self._decoded.dtype)
+        return [torch.empty(count, dtype=dtype, device=self._decoded.device) for count, dtype in sizes]
 
     def _turn(self, turn: Turn, views: Views, phases: int) -> None:
         """Put turned first channels into a plane of their own, leave second ones in place."""

@@ -53,7 +53,7 @@ class Order(Protocol):
         """Cosine and sine, as a view of a plane is."""
 
     def views(self, layers: int, phases: int, numbers: torch.Tensor, turned: torch.Tensor, cast: torch.Tensor) -> Views:
-        """Of flat memory for all channels of as many layers; ``cast`` is in the state's dtype."""
+        """Of flat memory for all channels of as many layers, ``turned`` for half; ``cast`` is in the state's dtype."""
 
     def put(self, views: Views, into: torch.Tensor) -> None:
         """Put what is done into state ``[layers, groups * heads, tokens, channels]``."""
