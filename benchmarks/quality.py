@@ -1,6 +1,6 @@
 """What every codec costs on a real model: bits, quality, speed.
 
-python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME] [--text FILE …] [--codec NAME …]
+python benchmarks/quality.py [--write docs/quantisation.md] [--model NAME] [--text FILE …] [--codec NAME … [--rates N]]
 
 Four texts that every Python installation has: reference prose, code, a licence, code that is mostly prose. 1,024 tokens
 coded and 256 scored, with the 135M model of the demo, after calibration on six other windows. About 12 minutes.
@@ -91,8 +91,24 @@ def measure(model: torch.nn.Module, tables: Tables, replays: Sequence[Replay]) -
 
 def only(model: torch.nn.Module, tables: Tables, replays: Sequence[Replay], names: Sequence[str]) -> str:
     """The codecs named, without rates, in Markdown."""
-    codecs = [KvtCodec(float(name[4:-1]), tables) if name.startswith("kvt(") else name for name in names]
-    return rows([evaluate(model, codec, replays, is_timed=False) for codec in codecs])
+    return rows([evaluate(model, codec, replays, is_timed=False) for codec in named(names, tables)])
+
+
+def rates(model: torch.nn.Module, tables: Tables, replay: Replay, names: Sequence[str], times: int) -> str:
+    """How fast torch decodes the codecs named, again and again in turn, in Markdown."""
+    with patch.object(fused, "compile_all", return_value=None):
+        found = [
+            [evaluate(model, codec, [replay]).decode_share for codec in named(names, tables)] for _ in range(times)
+        ]
+    lines = ["| codec | least | median | most |", "|---|--:|--:|--:|"]
+    for name, shares in zip(names, zip(*found, strict=True), strict=True):
+        lines.append(f"| `{name}` | {min(shares):.3f} | {statistics.median(shares):.3f} | {max(shares):.3f} |")
+    return "\n".join(lines)
+
+
+def named(names: Sequence[str], tables: Tables) -> list[str | KvtCodec]:
+    """The codecs named, those that need ``tables`` with them."""
+    return [KvtCodec(float(name[4:-1]), tables) if name.startswith("kvt(") else name for name in names]
 
 
 def rows(measures: Sequence[Measure]) -> str:
@@ -167,7 +183,10 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--text", type=Path, nargs="+", help="texts to score in place of the built-in ones")
     parser.add_argument("--codec", nargs="+", help="print the bits and the quality of these alone")
+    parser.add_argument("--rates", type=int, metavar="N", help="print their decoding rates, measured N times, instead")
     chosen = parser.parse_args()
+    if chosen.rates is not None and (chosen.rates < 1 or not chosen.codec):
+        parser.error(f"--rates {chosen.rates}: measure at least once, and name codecs: --codec NAME …")
     if chosen.codec and chosen.write:
         parser.error("--codec prints a table of its own and writes no page: leave out --write")
     warnings.simplefilter("ignore")
@@ -178,6 +197,9 @@ def main() -> None:
     ids = [source[:, : PREFIX_TOKENS + SCORED_TOKENS] for source in sources]
     page = f"torch {torch.__version__}, transformers {transformers.__version__}, {', '.join(scored)}.\n"
     replays = [Replay.of(loaded.model, text, PREFIX_TOKENS, PREFIX_TOKENS) for text in ids]
+    if chosen.rates:
+        print(rates(loaded.model, tables, replays[0], chosen.codec, chosen.rates))
+        return
     if chosen.codec:
         print(only(loaded.model, tables, replays, chosen.codec))
         return
