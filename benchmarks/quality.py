@@ -196,10 +196,11 @@ def main() -> None:
     sources = [loaded.tokenizer(text[:CHARACTERS], return_tensors="pt").input_ids for text in scored.values()]
     ids = [source[:, : PREFIX_TOKENS + SCORED_TOKENS] for source in sources]
     page = f"torch {torch.__version__}, transformers {transformers.__version__}, {', '.join(scored)}.\n"
-    replays = [Replay.of(loaded.model, text, PREFIX_TOKENS, PREFIX_TOKENS) for text in ids]
     if chosen.rates:
-        print(rates(loaded.model, tables, replays[0], chosen.codec, chosen.rates))
+        first = Replay.of(loaded.model, ids[0], PREFIX_TOKENS, PREFIX_TOKENS)
+        print(rates(loaded.model, tables, first, chosen.codec, chosen.rates))
         return
+    replays = [Replay.of(loaded.model, text, PREFIX_TOKENS, PREFIX_TOKENS) for text in ids]
     if chosen.codec:
         print(only(loaded.model, tables, replays, chosen.codec))
         return
